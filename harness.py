@@ -1,0 +1,31 @@
+"""Train a sparse network level by level.
+
+torchrun harness.py --config configs/x.yaml [--config overlay.yaml ...] [--section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import harness_params
+
+
+def main() -> None:
+    """Read the config, then print its plan or run its levels."""
+    params = harness_params.load_or_exit()
+    # torch is imported only once the config is known to be good: a typo is told in under a second.
+    import harness_utils
+
+    if params.run.plan:
+        harness_utils.print_plan(params)
+        return
+    from utils import levels, reporting
+
+    with harness_utils.process(params) as here:
+        run = levels.Driver(params, here.world, here.device, here.console).run()
+        if here.world.main:
+            rows = reporting.read_rows(run)
+            plot = reporting.plot_levels([run.path], run.plot)
+            here.console.line(f"\n{reporting.levels_table(rows)}\n\nplot: {plot}\nlevels: {run.levels_csv}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Start and finish of a process, for entry points alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from utils.params import Params
+from utils.record import fail
+from utils.system import distributed
+from utils.system.console import Console
+from utils.system.distributed import World
+from utils.system.errors import EXIT_BAD_INPUT, UserError
+
+
+@dataclass(frozen=True)
+class Process:
+    """What an entry point needs to know about the process it runs in."""
+
+    world: World
+    device: torch.device
+    console: Console
+
+
+@contextlib.contextmanager
+def process(params: Params) -> Iterator[Process]:
+    """Run the body inside a process group that is always torn down; errors end the process, non-zero.
+
+    Wrong input is one line on stderr and exit code 2, anything else a traceback and exit code 1. A rank that fails ends
+    at once: its peers wait in a collective it will never join, and torchrun stops them when it sees this one gone.
+    """
+    world = distributed.world()
+    try:
+        device = distributed.choose_device(params.run.device, world)
+        _settle_torch(params)
+        _prepare(params)
+        distributed.start(world, device, params.distributed.backend, params.distributed.timeout)
+        yield Process(world, device, Console(world.main))
+        distributed.stop()
+    except UserError as error:
+        _end(params, world, f"sieve: {error}", EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        _end(params, world, "sieve: interrupted", 130)
+    except Exception as error:  # the last stop of every error: report it, leave non-zero
+        traceback.print_exc()
+        _end(params, world, f"sieve: {type(error).__name__}: {error}", 1)
+
+
+def print_plan(params: Params) -> None:
+    """Print what the config would do, on rank 0; nothing is written."""
+    from utils.estimate import describe
+
+    world = distributed.world()
+    if not world.main:
+        return
+    try:
+        print(describe(params, world))
+    except UserError as error:
+        print(f"sieve: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def _prepare(params: Params) -> None:
+    from utils import data
+
+    # Before the process group starts: writing .beton files can outlast any sensible collective timeout.
+    data.prepare(params)
+
+
+def _settle_torch(params: Params) -> None:
+    if params.run.threads is not None:
+        torch.set_num_threads(params.run.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = not params.run.deterministic
+    if params.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _end(params: Params, world: World, message: str, code: int) -> None:
+    prefix = f"[rank {world.rank}] " if world.size > 1 else ""
+    print(prefix + message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        fail(params, message)
+    sys.stdout.flush()
+    # Not sys.exit: leaving the group or joining a loader's thread can wait for a peer that waits for us.
+    os._exit(code)

@@ -1,0 +1,272 @@
+""".beton files of a data set: named, written when missing, checked before use, described by a sidecar.
+
+`python -m utils.data.beton --data.name=cifar10 ...` writes them ahead of training (`--force` writes them anew).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from utils.data import beton_format
+from utils.data.beton_format import MEND
+from utils.data.beton_writer import Encoder, Progress, write_images
+from utils.data.datasets import SPLITS, open_split
+from utils.data.datasets.sources import one_line
+from utils.data.protocol import Source
+from utils.data.spec import DataSpec
+from utils.system import atomic
+from utils.system.errors import EXIT_BAD_INPUT, UserError
+
+SIDECAR_FORMAT = 1
+
+
+def writer_parameters(spec: DataSpec) -> dict[str, Any]:
+    """What decides a file's bytes, apart from the images; parameters without effect in spec.write_mode are left out."""
+    found: dict[str, Any] = {"format": SIDECAR_FORMAT, "mode": spec.write_mode, "max_resolution": spec.max_resolution}
+    if spec.write_mode != "raw":
+        found["jpeg_quality"] = spec.data.jpeg_quality
+    if spec.write_mode == "proportion":
+        found["compress_probability"] = spec.data.compress_probability
+    return found
+
+
+def path_of(spec: DataSpec, split: str) -> Path:
+    """`<betons>/<name>-<split>-<8 hex of the writer parameters>.beton`."""
+    text = json.dumps(writer_parameters(spec), sort_keys=True)
+    return spec.betons / f"{spec.name}-{split}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.beton"
+
+
+def sidecar_of(path: Path) -> Path:
+    """The JSON file beside `path` that describes it."""
+    return path.with_suffix(".json")
+
+
+def allowed_cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write(source: Source, path: Path, spec: DataSpec, workers: int, progress: bool = False) -> None:
+    """Write `source` to `path` and its sidecar, each whole or not at all, with up to `workers` processes.
+
+    The bytes depend on the images and `writer_parameters` alone. Raises UserError naming the image that cannot be read.
+    """
+    labels = np.asarray(source.labels, dtype=np.int64)
+    if len(source.classes) != spec.classes:
+        raise UserError(f"{spec.directory}: has {len(source.classes)} classes where {spec.name} has {spec.classes}")
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= spec.classes:
+        raise UserError(f"{spec.name}: no images, or labels outside 0..{spec.classes - 1}; check {spec.directory}")
+    encoder = Encoder(spec.write_mode, spec.max_resolution, spec.data.jpeg_quality, spec.data.compress_probability)
+    bar = Progress(path, len(labels), progress)
+    try:
+        with atomic.replacing(path) as temporary:
+            with open(temporary, "wb") as handle:
+                write_images(handle, source, encoder, max(1, min(workers, allowed_cpus())), bar)
+            sidecar = {
+                "format": SIDECAR_FORMAT,
+                "samples": len(labels),
+                "classes": [str(name) for name in source.classes],
+                "histogram": np.bincount(labels, minlength=len(source.classes)).tolist(),
+                "writer": writer_parameters(spec),
+                "directory": str(spec.directory.resolve()),
+                "source": source.digest(),
+                "bytes": temporary.stat().st_size,
+                "sha256": atomic.sha256(temporary),
+            }
+            # An older sidecar must never stand beside a newer file.
+            sidecar_of(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({one_line(error)}); free some space or set data.betons") from error
+    finally:
+        bar.close()
+    atomic.write_json(sidecar_of(path), sidecar)
+
+
+def check(path: Path, spec: DataSpec, split: str, verify: bool = False) -> dict[str, Any]:
+    """The sidecar of `path`, once the file is found to be what `spec` asks for; `verify` reads it whole.
+
+    A file without a sidecar (written by another tool) is accepted when everything its header and tables say holds; its
+    `sha256` is then None. `digest` identifies the file in both cases. Raises UserError naming the file and the mend.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; write it with python -m utils.data.beton --data.name={spec.name}")
+    sidecar = _read_sidecar(path) if sidecar_of(path).is_file() else None
+    size = path.stat().st_size
+    if sidecar is not None and sidecar["bytes"] != size:
+        raise UserError(f"{path}: truncated or changed ({size} bytes, {sidecar['bytes']} when it was written); {MEND}")
+    header = beton_format.read_header(path)
+    if sidecar is None:
+        return _without_sidecar(header, spec, split)
+    _compare(path, split, sidecar, header.samples, spec)
+    if verify and atomic.sha256(path) != sidecar["sha256"]:
+        raise UserError(f"{path}: damaged (its SHA-256 is not that of {sidecar_of(path).name}); {MEND}")
+    return sidecar
+
+
+def labels(path: Path) -> np.ndarray:
+    """Labels of all samples, int64 [N], without decoding any image. Raises UserError for a damaged file."""
+    header = beton_format.read_header(path)
+    return beton_format.read_metadata(header)["label"].astype(np.int64)
+
+
+def ensure(spec: DataSpec, workers: int, download: bool, force: bool = False, progress: bool = True) -> dict[str, Path]:
+    """Paths of the splits "train" and "test", checked; missing files are written first, under a lock.
+
+    Any number of processes may call this at once: one writes, the others wait. `force` writes them anew; `progress`
+    reports the writing. Raises UserError for a damaged file, or when a missing one's source is missing too.
+    """
+    return {split: ensure_split(spec, split, workers, download, force, progress) for split in SPLITS}
+
+
+def ensure_split(
+    spec: DataSpec, split: str, workers: int, download: bool, force: bool = False, progress: bool = True
+) -> Path:
+    """`ensure` for one split."""
+    path = path_of(spec, split)
+    # A file whose sidecar has not come yet may be one that is just being finished: that is for the lock's holder to say.
+    if not force and path.is_file() and sidecar_of(path).is_file():
+        check(path, spec, split)
+        return path
+    with _lock(spec, path):
+        if path.exists() and not force:
+            check(path, spec, split)
+            return path
+        for left in path.parent.glob(
+            f".{path.name}.*.tmp"
+        ):  # of writers that were killed: none is alive, we hold the lock
+            left.unlink(missing_ok=True)
+        source = open_split(spec.name, spec.directory, split, download)
+        started = time.perf_counter()
+        write(source, path, spec, workers, progress)
+        if progress:
+            print(described(path, check(path, spec, split), time.perf_counter() - started), flush=True)
+    return path
+
+
+def described(path: Path, sidecar: dict[str, Any], seconds: float) -> str:
+    """One line about a file: samples, classes, size, and the seconds it took."""
+    size = f"{sidecar['bytes'] / 1e6:.1f} MB"
+    return f"{path}: {sidecar['samples']} samples, {len(sidecar['classes'])} classes, {size}, {seconds:.1f} s"
+
+
+@contextlib.contextmanager
+def _lock(spec: DataSpec, path: Path) -> Iterator[None]:
+    """Hold the data set's writing lock, which the system frees when its holder dies.
+
+    In a folder where nobody may write, nobody is writing: what is there is used without a lock.
+    """
+    lock: FileLock | None = None
+    try:
+        spec.betons.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(spec.betons / f".{spec.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that writes {spec.name} in {spec.betons}", file=sys.stderr, flush=True)
+            lock.acquire()
+    except OSError as error:
+        if not path.is_file():
+            raise UserError(
+                f"{spec.betons}: cannot write there ({one_line(error)}); set data.betons elsewhere"
+            ) from error
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _read_sidecar(path: Path) -> dict[str, Any]:
+    place = sidecar_of(path)
+    try:
+        sidecar = json.loads(place.read_text(encoding="utf-8"))
+        wanted = {"samples": int, "classes": list, "histogram": list, "writer": dict, "bytes": int, "sha256": str}
+        whole = sidecar["format"] == SIDECAR_FORMAT and all(isinstance(sidecar[k], kind) for k, kind in wanted.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{place}: not a sidecar of format {SIDECAR_FORMAT}; delete it together with {path.name}")
+    return {**sidecar, "digest": sidecar["sha256"]}
+
+
+def _without_sidecar(header: beton_format.Header, spec: DataSpec, split: str) -> dict[str, Any]:
+    metadata = beton_format.read_metadata(header)
+    beton_format.check_images(header, metadata)
+    found = metadata["label"]
+    low, high = int(found.min()), int(found.max())
+    if low < 0 or high >= spec.classes or (split == "train" and high != spec.classes - 1):
+        raise UserError(f"{header.path}: labels {low} to {high}, where {spec.name} has {spec.classes} classes; {MEND}")
+    print(f"{header.path}: no {sidecar_of(header.path).name} beside it; taken as it is", file=sys.stderr, flush=True)
+    return {
+        "format": SIDECAR_FORMAT,
+        "samples": header.samples,
+        "classes": [str(label) for label in range(spec.classes)],
+        "histogram": np.bincount(found, minlength=spec.classes).tolist(),
+        "writer": writer_parameters(spec),
+        "source": None,
+        "bytes": header.size,
+        "sha256": None,
+        "digest": beton_format.digest(header, metadata),
+    }
+
+
+def _compare(path: Path, split: str, sidecar: dict[str, Any], samples: int, spec: DataSpec) -> None:
+    if sidecar["samples"] != samples:
+        raise UserError(f"{path}: holds {samples} samples, {sidecar_of(path).name} says {sidecar['samples']}; {MEND}")
+    if len(sidecar["classes"]) != spec.classes:
+        raise UserError(f"{path}: has {len(sidecar['classes'])} classes where {spec.name} has {spec.classes}; {MEND}")
+    if sidecar["writer"] != writer_parameters(spec):
+        raise UserError(f"{path}: written with {sidecar['writer']}, not {writer_parameters(spec)}; {MEND}")
+    written_from = sidecar.get("directory")
+    if (
+        spec.name == "folder"
+        and written_from
+        and Path(written_from) != spec.directory.resolve()
+        and spec.directory.is_dir()
+    ):
+        # Any folder is called `folder`: a file of another one must not pass for this one's, a moved one's may.
+        if open_split(spec.name, spec.directory, split).digest() != sidecar["source"]:
+            raise UserError(
+                f"{path}: written from {written_from}, not from {spec.directory}; set data.betons elsewhere"
+            )
+
+
+def main(arguments: list[str]) -> None:
+    """Write both files of the data set the `data` section names, keeping good ones; print one line per file."""
+    import harness_params  # reads the whole config strictly; nothing but an entry point may import it
+    from utils.data.resolve import resolve
+
+    force = "--force" in arguments
+    params = harness_params.load_or_exit([argument for argument in arguments if argument != "--force"])
+    try:
+        spec = resolve(params.data)
+        for split in SPLITS:
+            started = time.perf_counter()
+            path = path_of(spec, split)
+            if path.is_file() and not force:
+                print(described(path, check(path, spec, split, verify=True), time.perf_counter() - started), flush=True)
+            else:
+                ensure_split(spec, split, params.data.workers or allowed_cpus(), params.data.download, force)
+    except UserError as error:
+        print(f"sieve: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("sieve: interrupted; nothing half-written was left", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

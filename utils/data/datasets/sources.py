@@ -1,0 +1,177 @@
+"""The two kinds of `Source`: image files in class folders, and images in one array."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.system.errors import UserError
+
+EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""Endings of image files, lower case; other files are ignored."""
+
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class FileSource:
+    """Images that lie in files under one folder. `files` are paths relative to it, labels[i] the class of files[i]."""
+
+    def __init__(self, folder: Path, files: Sequence[str], labels: Sequence[int] | np.ndarray, classes: list[str]) -> None:
+        self.folder = folder
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = classes
+        # One array, not a list of a million strings: forked loader workers would copy those page by page.
+        self._files = np.array([os.fsencode(file) for file in files], dtype=bytes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> Path:
+        """The file of the image at `index`."""
+        return self.folder / os.fsdecode(bytes(self._files[index]))
+
+    def image(self, index: int) -> Image.Image:
+        """The RGB image at `index`. Raises UserError naming the file when it cannot be decoded."""
+        path = self.path(index)
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except _DECODE_ERRORS as error:
+            raise UserError(f"cannot read image {path} ({one_line(error)}); replace or remove it") from error
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        digest = _digest_of(self.classes, self.labels)
+        for index in range(len(self)):
+            path = self.path(index)
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise UserError(f"cannot read image {path} ({one_line(error)}); replace or remove it") from error
+            digest.update(b"%s\0%d\0" % (bytes(self._files[index]), size))
+        return digest.hexdigest()
+
+    def digest(self) -> str:
+        """Hex digest of class names, labels, file names and file sizes."""
+        return self._digest
+
+
+class ArraySource:
+    """Images held in one uint8 array [N, H, W, 3]."""
+
+    def __init__(self, images: np.ndarray, labels: Sequence[int] | np.ndarray, classes: list[str]) -> None:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
+            raise ValueError(f"expected uint8 [N, H, W, 3] and N labels, got {images.dtype} {images.shape}, {len(labels)}")
+        self.images = np.ascontiguousarray(images)
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """The RGB image at `index`."""
+        return Image.fromarray(self.images[index])
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        digest = _digest_of(self.classes, self.labels)
+        digest.update(repr(self.images.shape).encode())
+        digest.update(self.images)
+        return digest.hexdigest()
+
+    def digest(self) -> str:
+        """Hex digest of class names, labels and pixels."""
+        return self._digest
+
+
+def _digest_of(classes: Iterable[str], labels: np.ndarray) -> hashlib._Hash:
+    digest = hashlib.sha256("\0".join(classes).encode("utf-8", "surrogateescape"))
+    digest.update(labels.astype("<i8").tobytes())
+    return digest
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type when it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def class_folders(
+    directory: Path, split: str, classes: int | None = None, held_out: Sequence[str] = ("test", "val")
+) -> FileSource:
+    """Open a split kept as `<directory>/train/<class>/*.jpg` and `<directory>/test/<class>/*.jpg`.
+
+    Classes are the class folders by sorted name, images are found at any depth below them, by sorted path; hidden and
+    other files are ignored. The first of `held_out` that is there is the test split. Raises UserError when a folder is
+    missing, a class is empty, the splits differ in classes, or there are not `classes` of them.
+    """
+    train, test = directory / "train", _held_out(directory, held_out)
+    if not train.is_dir():
+        raise UserError(f"{train} is missing; put one folder of training images per class there")
+    names, others = _class_names(train), _class_names(test)
+    if names != others:
+        odd = min(set(names) ^ set(others))
+        where = train if odd in names else test
+        raise UserError(f"{train} and {test} differ in classes: {odd!r} is only in {where}; give both the same folders")
+    if classes is not None and len(names) != classes:
+        raise UserError(f"{train} holds {len(names)} classes instead of {classes}; for other classes set data.name=folder")
+    return labelled_folders(train if split == "train" else test, names)
+
+
+def labelled_folders(folder: Path, classes: list[str]) -> FileSource:
+    """The images of `<folder>/<class>/`, at any depth, labelled by the place of their class in `classes`."""
+    files: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = image_files(folder / name)
+        if not found:
+            raise UserError(f"{folder / name} holds no images; put some there or remove the folder from all splits")
+        files += [os.path.join(name, file) for file in found]
+        labels += [label] * len(found)
+    return FileSource(folder, files, labels, classes)
+
+
+def image_files(folder: Path) -> list[str]:
+    """Paths of the image files below `folder`, relative to it and sorted; hidden files and folders are left out."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot list {folder} ({one_line(error)}); check its permissions") from error
+
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inner = os.path.relpath(place, folder)
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
+                found.append(name if inner == "." else os.path.join(inner, name))
+    return sorted(found)
+
+
+def class_names(directory: Path) -> list[str]:
+    """The classes of `<directory>/train`, sorted. Raises UserError when the folder is missing or has none."""
+    return _class_names(directory / "train")
+
+
+def _class_names(folder: Path) -> list[str]:
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_dir())
+    except OSError as error:
+        raise UserError(f"cannot list {folder} ({one_line(error)}); put one folder of images per class there") from error
+    if not names:
+        raise UserError(f"{folder} holds no class folders; put one folder of images per class there")
+    return names
+
+
+def _held_out(directory: Path, names: Sequence[str]) -> Path:
+    for name in names:
+        if (directory / name).is_dir():
+            return directory / name
+    choice = " or ".join(str(directory / name) for name in names)
+    raise UserError(f"{choice} is missing; put one folder of test images per class there")

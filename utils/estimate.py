@@ -1,0 +1,73 @@
+"""What a config will do, before it does it: levels, steps, disk and memory."""
+
+from __future__ import annotations
+
+from utils import models
+from utils.data.datasets import dataset
+from utils.data.resolve import resolve
+from utils.data.spec import DataSpec
+from utils.data.splits import split
+from utils.masks import Masks
+from utils.params import Params
+from utils.params.plan import Level, level_plan
+from utils.record import run_dir
+from utils.system.distributed import World
+from utils.system.errors import UserError
+
+STATES = {"sgd": 1, "adam": 2, "adamw": 2}
+"""Weight-sized optimizer states per optimizer (sgd: its momentum)."""
+
+
+def describe(params: Params, world: World) -> str:
+    """The level table, optimizer steps, disk and memory of the run, as text. Reads data labels; writes nothing."""
+    spec = resolve(params.data)
+    plan = level_plan(params)
+    per_epoch = _steps_per_epoch(params, spec)
+    network = models.build(
+        params.model.name, spec.classes, image_size=spec.image_size, seed=params.run.seed
+    )
+    weights = sum(p.numel() for p in network.parameters())
+    buffers = sum(b.numel() for b in network.buffers())
+    prunable = Masks.dense(network, params.pruning.exclude).total
+    lines = [f"run directory  {run_dir(params).path}", f"model          {params.model.name}: {weights:,} parameters, {prunable:,} prunable"]
+    lines += ["", *_level_table(plan, per_epoch, prunable), ""]
+    if per_epoch is None:
+        lines.append(f"steps          unknown until the data set is in {spec.directory}")
+    else:
+        total = per_epoch * sum(level.epochs for level in plan)
+        lines.append(f"steps          {total:,} at most ({per_epoch:,} per epoch, {world.size} rank(s))")
+    copies = 1 + (params.training.ema is not None)
+    rewind = 4 * (weights + buffers) * (1 + STATES.get(params.optimizer.name, 2)) if params.levels.rewind == "wr" else 0
+    disk = len(plan) * (4 * copies * (weights + buffers) + prunable) + rewind
+    lines.append(f"disk           {_megabytes(disk)} for weights and masks of {len(plan)} level(s)")
+    tensors = 2 + STATES.get(params.optimizer.name, 2) + (params.training.ema is not None)
+    memory = 4 * weights * tensors + 4 * prunable + 4 * (weights + buffers)
+    lines.append(f"memory         {_megabytes(memory)} per rank for weights, gradients, optimizer and masks, plus activations")
+    return "\n".join(lines)
+
+
+def _steps_per_epoch(params: Params, spec: DataSpec) -> int | None:
+    try:
+        labels = dataset[params.data.name](spec.directory, "train", False).labels
+    except UserError:
+        return None
+    images = len(split(labels, params.data.val, params.data.split_seed)[0])
+    return min(images, params.data.subset or images) // params.training.batch_size
+
+
+def _level_table(plan: list[Level], per_epoch: int | None, prunable: int) -> list[str]:
+    heading = f"{'level':>5}  {'density':>10}  {'kept':>13}  {'epochs':>6}  {'steps':>9}  starts from"
+    lines = [heading]
+    for level in plan:
+        kept = int(level.density * prunable + 0.5)
+        steps = "?" if per_epoch is None else f"{per_epoch * level.epochs:,}"
+        if level.rewind is None:
+            source = "initial weights"
+        else:
+            source = f"level {level.source}, rewind {level.rewind}"
+        lines.append(f"{level.number:>5}  {level.density:>10.6f}  {kept:>13,}  {level.epochs:>6}  {steps:>9}  {source}")
+    return lines
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,375 @@
+"""The level driver: prune, rewind, train, record, level after level.
+
+Every stage writes its result atomically and is skipped when the result is there, so running the same command again
+resumes, and a process that runs one level finds what the level before it left. Rank 0 decides what is there and
+writes; all ranks compute the same masks and weights and compare their digests.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from utils import data, files, models, pruning, reporting, sparsity
+from utils.data.order import Shard
+from utils.masks import Masks
+from utils.params import Params
+from utils.params.checks import check_ranks
+from utils.params.plan import Level, level_plan
+from utils.pruning.report import write_layers_csv
+from utils.record import EpochsCsv, Record
+from utils.system import distributed
+from utils.system.atomic import write_json
+from utils.system.console import Console, number
+from utils.system.distributed import World
+from utils.system.errors import UserError
+from utils.system.rundir import LevelDir, RunDir
+from utils.tasks.classification import ImageClassification
+from utils.training.averaging import ExponentialAverage
+from utils.training.extension import Extension
+from utils.training.optimizers import build_optimizer, load_optimizer_state, optimizer_state
+from utils.training.parallel import to_channels_last
+from utils.training.schedules import lr_at
+from utils.training.trainer import Row, Stage, Trainer
+
+class Driver:
+    """One run: its directory, its data and model, and the levels of its plan."""
+
+    def __init__(self, params: Params, world: World, device: torch.device, console: Console) -> None:
+        """Builds everything a level needs; writes nothing. Raises UserError for input that cannot work."""
+        check_ranks(params, world.size)
+        self.params, self.world, self.device, self.console = params, world, device, console
+        self.plan = level_plan(params)
+        training = params.training
+        shard = Shard(world.rank, world.size, training.batch_size, training.accumulation)
+        workers = params.data.workers or data.default_workers(world.local_size)
+        self.loaders = data.build(params, shard, device, training.channels_last, workers)
+        try:
+            spec = self.loaders.spec
+            self.model = models.build(
+                params.model.name,
+                spec.classes,
+                pretrained=params.model.pretrained,
+                image_size=spec.image_size,
+                seed=params.run.seed,
+            ).to(device)
+            if params.distributed.sync_batchnorm:
+                self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            if training.channels_last:
+                to_channels_last(self.model)
+            self.initial = _copy(files.state_of(self.model))
+            distributed.agree("initial weights", files.digest(self.initial))
+            self.task = ImageClassification(
+                spec.classes, training.label_smoothing, params.data.mixup, params.data.cutmix, training.test_flip
+            )
+            self.trainer = Trainer(
+                self.model,
+                self.task,
+                self.loaders,
+                training,
+                params.distributed,
+                seed=params.run.seed,
+                world=world,
+                device=device,
+                console=console,
+            )
+            self.sparsity = sparsity.attach(self.model, None, Masks.dense(self.model, params.pruning.exclude))
+            self._check_steps()
+            self.harness = pruning.PruningHarness(params.pruning, seed=params.run.seed, loss=self.task.scoring_loss)
+            self.record = Record(params, self.loaders, self.trainer.dtype, world, device)
+        except BaseException:
+            self.loaders.close()
+            raise
+
+    @property
+    def dir(self) -> RunDir:
+        """The run's directory."""
+        return self.record.dir
+
+    def run(self) -> RunDir:
+        """Run every level of the plan that is not done yet, or `levels.only` alone."""
+        try:
+            distributed.from_main(self.record.start)
+            for level in self._wanted():
+                if self._there(self.dir.level(level.number).row):
+                    self.console.line(f"level {level.number}: done already")
+                else:
+                    self._level(level)
+            distributed.from_main(functools.partial(self.record.finish, [level.number for level in self.plan]))
+        finally:
+            self.loaders.close()
+        return self.dir
+
+    def _wanted(self) -> list[Level]:
+        only = self.params.levels.only
+        if only is None:
+            return self.plan
+        if only >= len(self.plan):
+            raise UserError(f"levels.only={only}: the plan has levels 0 to {len(self.plan) - 1}")
+        level = self.plan[only]
+        if level.source is not None and not self._there(self.dir.level(level.source).row):
+            raise UserError(
+                f"levels.only={only}: level {level.source} it starts from is not done in {self.dir.path}; run it first"
+            )
+        return [level]
+
+    def _level(self, level: Level) -> None:
+        """Prune, rewind, train and record one level."""
+        begin = time.perf_counter()
+        place = self.dir.level(level.number)
+        source = self._source_weights(level)
+        masks = self._prune(level, place, source)
+        self.console.line(
+            f"level {level.number}: density {masks.density:.4f} ({masks.kept:,} of {masks.total:,} weights kept)"
+        )
+        self.console.restart_table()
+        pruned = self._pruned_accuracy(level, source, masks)
+        optimizer = build_optimizer(self.model, self.params.optimizer, self.device)
+        start = self._rewind(level, source, optimizer)
+        self.sparsity.watch(optimizer)
+        self.sparsity.set(masks)
+        self._agree(f"level {level.number} start")
+        extensions = self._extensions(masks)
+        stage = Stage(level.number, level.epochs, self._rate(level), start, self._marks(level, place, optimizer))
+        rows = self._train(stage, optimizer, extensions, place)
+        self._agree(f"level {level.number} end")
+        final = rows[-1] if rows else self.trainer.evaluate_all(extensions)
+        row = self._row(level, masks, rows, final, pruned)
+        distributed.from_main(functools.partial(self._save, place, extensions, row, begin))
+        self.console.row(
+            [
+                ("level", str(level.number)),
+                ("density", f"{masks.density:.4f}"),
+                ("val_acc", number(row["val_acc"])),
+                ("test_acc", number(row["final_test_acc"])),
+                ("seconds", f"{time.perf_counter() - begin:.1f}"),
+            ]
+        )
+        self.console.restart_table()
+
+    # Stages -------------------------------------------------------------------------------------------------------
+
+    def _source_weights(self, level: Level) -> dict[str, torch.Tensor]:
+        if level.source is None:
+            return self.initial
+        path = self.dir.level(level.source).weights
+        if not self._there(path):
+            raise UserError(f"{path}: missing, level {level.number} prunes it; run level {level.source} again")
+        return files.load_weights(path)
+
+    def _prune(self, level: Level, place: LevelDir, source: dict[str, torch.Tensor]) -> Masks:
+        """The level's masks: read when they are there, else computed on every rank and written by rank 0."""
+        files.put_weights(self.model, source)
+        if self._there(place.mask):
+            masks = Masks.load(place.mask, self.model)
+        else:
+            live = Masks.dense(self.model, self.params.pruning.exclude)
+            if level.source is not None:
+                live = Masks.load(self.dir.level(level.source).mask, self.model)
+            masks = live
+            if level.density < 1.0:
+                masks = self.harness.prune(self.model, live, level.density).masks
+            distributed.from_main(functools.partial(self._save_masks, place, masks))
+        distributed.agree(f"masks of level {level.number}", masks.digest)
+        return masks
+
+    def _save_masks(self, place: LevelDir, masks: Masks) -> None:
+        # layers.csv first: the mask file's presence says that the stage is done.
+        write_layers_csv(place.layers, self.model, masks)
+        masks.save(place.mask)
+
+    def _pruned_accuracy(self, level: Level, source: dict[str, torch.Tensor], masks: Masks) -> float | None:
+        """Test accuracy right after pruning, before any rewinding or training; None where nothing trained was pruned."""
+        if level.source is None:
+            return None
+        files.put_weights(self.model, source)
+        masks.apply_(self.model)
+        return float(self.trainer.evaluate(self.loaders.test)["acc"])
+
+    def _rewind(self, level: Level, source: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
+        """Put the weights the level trains from into the model. Returns the step its schedule starts at."""
+        if level.rewind in (None, "imp"):
+            files.put_weights(self.model, self.initial)
+        elif level.rewind in ("lrr", "none"):
+            files.put_weights(self.model, source)
+        else:
+            return self._rewind_to_step(optimizer)
+        return 0
+
+    def _rewind_to_step(self, optimizer: torch.optim.Optimizer) -> int:
+        levels = self.params.levels
+        path = self.dir.level(0).rewind
+        if not self._there(path):
+            raise UserError(f"{path}: missing, levels.rewind=wr starts from it; delete {path.parent} and run level 0 again")
+        stored, metadata = files.load_tensors(path)
+        step = self._rewind_at()
+        if metadata.get("step") != str(step):
+            raise UserError(f"{path}: holds step {metadata.get('step')}, not {step}; delete {path.parent} and run level 0 again")
+        files.put_weights(self.model, _part(stored, "model."), str(path))
+        if levels.rewind_optimizer:
+            load_optimizer_state(self.model, optimizer, _part(stored, "optimizer."))
+        return step if levels.rewind_schedule == "continue" else 0
+
+    def _marks(self, level: Level, place: LevelDir, optimizer: torch.optim.Optimizer) -> dict[int, Callable[[], None]]:
+        """The rewind point is taken while the dense level 0 trains."""
+        if self.params.levels.rewind != "wr" or level.number != 0 or self.params.pruning.moment == "init":
+            return {}
+        step = self._rewind_at()
+
+        def capture() -> None:
+            state = self.trainer.averaged_state()
+            moments = optimizer_state(self.model, optimizer)
+            tensors = {f"model.{k}": v for k, v in state.items()} | {f"optimizer.{k}": v for k, v in moments.items()}
+            distributed.from_main(lambda: files.save_tensors(place.rewind, tensors, {"step": str(step)}))
+
+        return {step: capture}
+
+    def _train(
+        self, stage: Stage, optimizer: torch.optim.Optimizer, extensions: list[Extension], place: LevelDir
+    ) -> list[Row]:
+        with EpochsCsv(place.epochs if self.world.main else None) as table:
+
+            def on_epoch(row: Row) -> None:
+                table.write(row)
+                self.console.row(
+                    [
+                        ("epoch", f"{row['epoch'] + 1}/{stage.epochs}"),
+                        ("lr", f"{row['lr']:.4g}"),
+                        ("train_loss", f"{row['train_loss']:.4f}"),
+                        ("train_acc", f"{row['train_acc']:.2f}"),
+                        ("val_acc", number(row.get("val_acc"))),
+                        ("test_acc", number(row.get("test_acc"))),
+                        ("images/s", f"{row['images_per_second']:.0f}"),
+                        ("wait", f"{row['data_wait']:.0%}"),
+                        ("seconds", f"{row['seconds']:.1f}"),
+                    ]
+                )
+
+            return self.trainer.fit(stage, optimizer, self.sparsity, extensions, on_epoch)
+
+    def _save(self, place: LevelDir, extensions: list[Extension], row: Row, begin: float) -> None:
+        files.save_weights(place.weights, self.model, mask_digest=row["mask_digest"])
+        for extension in extensions:
+            if isinstance(extension, ExponentialAverage):
+                with extension.swapped():
+                    files.save_weights(place.average, self.model, mask_digest=row["mask_digest"])
+        row["seconds"] = time.perf_counter() - begin
+        write_json(place.row, row)
+        reporting.rebuild(self.dir)
+
+    # Pieces -------------------------------------------------------------------------------------------------------
+
+    def _row(self, level: Level, masks: Masks, rows: list[Row], final: Row, pruned: float | None) -> Row:
+        """The level's row of levels.csv; `seconds` is filled in as it is written."""
+        params, last = self.params, rows[-1] if rows else {}
+        scored = level.density < 1.0
+        return {
+            "run": self.dir.path.name,
+            "seed": params.run.seed,
+            "level": level.number,
+            "target_density": level.density,
+            "density": masks.density,
+            "sparsity": 1.0 - masks.density,
+            "kept_weights": masks.kept,
+            "prunable_weights": masks.total,
+            "epochs": len(rows),
+            "train_loss": last.get("train_loss"),
+            "train_acc": last.get("train_acc"),
+            **_accuracies(rows, final),
+            "pruned_test_acc": pruned,
+            "images_per_second": statistics.median(row["images_per_second"] for row in rows) if rows else None,
+            "mask_digest": masks.digest,
+            "weights_digest": files.digest(files.state_of(self.model)),
+            "dead_layers": sum(count == 0 for count in masks.counts.values()),
+            "model": params.model.name,
+            "dataset": params.data.name,
+            "criterion": params.pruning.criterion if scored else None,
+            "allocation": params.pruning.allocation if scored else None,
+            "moment": params.pruning.moment,
+            "rewind": level.rewind,
+            "precision": str(self.trainer.dtype).removeprefix("torch."),
+            "loader": self.loaders.loader,
+            "ranks": self.world.size,
+        }
+
+    def _rate(self, level: Level) -> Callable[[int], float]:
+        """The level's learning rate as a function of the step."""
+        params, per_epoch = self.params, self.trainer.steps_per_epoch
+        total = level.epochs * per_epoch
+
+        def scheduled(step: int) -> float:
+            return lr_at(step, params.schedule, params.optimizer.lr, total, per_epoch)
+
+        if level.rewind != "none":
+            return scheduled
+        first = self.plan[0].epochs * per_epoch
+        final = params.levels.finetune_lr
+        if final is None:
+            final = lr_at(max(first - 1, 0), params.schedule, params.optimizer.lr, first, per_epoch)
+        return lambda step: final
+
+    def _rewind_at(self) -> int:
+        step = self.params.levels.rewind_step
+        assert step is not None
+        return step.at(self.trainer.steps_per_epoch)
+
+    def _check_steps(self) -> None:
+        """Refuse steps that only the number of steps per epoch shows to lie outside training."""
+        for level in self.plan:
+            if level.epochs:
+                self._rate(level)(0)
+        if self.params.levels.rewind == "wr" and len(self.plan) > 1:
+            total = min(level.epochs for level in self.plan) * self.trainer.steps_per_epoch
+            if self._rewind_at() >= total:
+                raise UserError(
+                    f"levels.rewind_step={self.params.levels.rewind_step}: training has only {total} steps; choose an earlier one"
+                )
+
+    def _extensions(self, masks: Masks) -> list[Extension]:
+        """What acts during training besides the trainer."""
+        decay = self.params.training.ema
+        if decay is None:
+            return []
+        average = ExponentialAverage(self.model, decay)
+        average.masks_changed(masks)
+        return [average]
+
+    def _agree(self, moment: str) -> None:
+        """All ranks hold the same masks and weights, and nothing pruned is alive."""
+        distributed.agree(f"masks at {moment}", self.sparsity.masks.digest)
+        distributed.agree(f"weights at {moment}", files.digest(files.state_of(self.model)))
+        if violations := self.sparsity.violations():
+            raise RuntimeError(f"{moment}: pruned weights of {violations[0]!r} are not 0.0")
+
+    @staticmethod
+    def _there(path: Path) -> bool:
+        # Rank 0 looks for all, so that no rank takes another way than the rest.
+        return distributed.from_main(path.exists)
+
+
+def _accuracies(rows: list[Row], final: Row) -> Row:
+    """The accuracy columns: of the last epoch, of the best test epoch, and of the epoch with the best val accuracy."""
+    evaluated = [row for row in rows if "test_acc" in row]
+    validated = [row for row in evaluated if row["val_acc"] is not None]
+    best = max(validated, key=lambda row: row["val_acc"], default=None)
+    return {
+        "val_acc": final["val_acc"],
+        "test_loss": final["test_loss"],
+        "final_test_acc": final["test_acc"],
+        "max_test_acc": max([row["test_acc"] for row in evaluated] or [final["test_acc"]]),
+        "test_acc_top5": final["test_acc_top5"],
+        "best_val_test_acc": best and best["test_acc"],
+    }
+
+
+def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,193 @@
+"""`Masks`: which weights live. An immutable value, one bool tensor per prunable parameter, by parameter name.
+
+Prunable parameters are every Conv and Linear weight and the projection weights of attention modules; never biases,
+norms or embeddings. Names are those of the bare model, whatever wraps it (DDP, torch.compile); tied weights are one
+entry, under the first name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils import files
+from utils.system.errors import UserError
+from utils.system.registry import nearest
+
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+FORMAT = "sieve-masks-1"
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside DDP and torch.compile wrappers, in any order."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def prunable_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """The weights a mask may touch, by bare name in the model's order, tied weights once.
+
+    exclude: globs over parameter names. Raises UserError for a glob that matches no prunable parameter.
+    """
+    model = bare(model)
+    weights: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, _WEIGHTED):
+            weights.add(id(module.weight))
+        elif isinstance(module, nn.MultiheadAttention):
+            weights.update(id(getattr(module, name)) for name in _ATTENTION if getattr(module, name) is not None)
+    found = {name: p for name, p in model.named_parameters() if id(p) in weights}
+    for glob in exclude:
+        if not fnmatch.filter(found, glob):
+            raise UserError(f"pruning.exclude: {glob!r} matches no prunable parameter{nearest(glob, found)}")
+    return {name: p for name, p in found.items() if not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)}
+
+
+class Masks(Mapping[str, torch.Tensor]):
+    """Bool CPU tensors by parameter name: True keeps a weight. Immutable; treat the tensors as read-only."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copies `tensors`. Raises ValueError for a tensor that is not bool."""
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.bool:
+                raise ValueError(f"mask of {name!r} is {tensor.dtype}, not bool")
+        self._tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+
+    @staticmethod
+    def dense(model: nn.Module, exclude: Sequence[str] = ()) -> Masks:
+        """Masks that keep every prunable weight of `model`."""
+        found = prunable_parameters(model, exclude)
+        return Masks({name: torch.ones(p.shape, dtype=torch.bool) for name, p in found.items()})
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} parameters, {self.kept:,} of {self.total:,} kept, density {self.density:.4f})"
+
+    @functools.cached_property
+    def counts(self) -> dict[str, int]:
+        """Kept weights per parameter."""
+        return {name: int(t.sum()) for name, t in self._tensors.items()}
+
+    @property
+    def kept(self) -> int:
+        """Kept weights."""
+        return sum(self.counts.values())
+
+    @property
+    def total(self) -> int:
+        """Prunable weights."""
+        return sum(t.numel() for t in self._tensors.values())
+
+    @property
+    def density(self) -> float:
+        """Kept over prunable weights; 1.0 where nothing is prunable."""
+        return self.kept / self.total if self.total else 1.0
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of names, shapes and bits; independent of device, order of entries and file format."""
+        sha = hashlib.sha256()
+        for name in sorted(self._tensors):
+            tensor = self._tensors[name]
+            sha.update(f"{name}\0{tuple(tensor.shape)}\0".encode())
+            sha.update(_pack(tensor))
+        return sha.hexdigest()
+
+    def __and__(self, other: Masks) -> Masks:
+        self._same_places(other)
+        return Masks({name: t & other[name] for name, t in self.items()})
+
+    def __or__(self, other: Masks) -> Masks:  # type: ignore[override]
+        self._same_places(other)
+        return Masks({name: t | other[name] for name, t in self.items()})
+
+    def __le__(self, other: Masks) -> bool:
+        """True when every weight kept here is kept in `other`."""
+        self._same_places(other)
+        return all(not bool((t & ~other[name]).any()) for name, t in self.items())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return list(self) == list(other) and all(torch.equal(t, other[name]) for name, t in self.items())
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def _same_places(self, other: Masks) -> None:
+        mine, theirs = ({name: tuple(t.shape) for name, t in masks.items()} for masks in (self, other))
+        if mine != theirs:
+            odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+            raise ValueError(f"masks cover different parameters, first {odd[0]!r}")
+
+    def check(self, model: nn.Module, source: str = "the masks") -> Masks:
+        """Return self if every entry is a prunable parameter of `model` of that shape; else raise UserError."""
+        found = prunable_parameters(model)
+        for name, tensor in self.items():
+            if name not in found:
+                raise UserError(f"{source}: {name!r} is not a prunable parameter of this model{nearest(name, found)}")
+            if found[name].shape != tensor.shape:
+                raise UserError(
+                    f"{source}: {name!r} has shape {_shape(tensor)}, the model's is {_shape(found[name])}; "
+                    "use a mask made for this model"
+                )
+        return self
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Fill pruned weights of `model` with 0.0 in place (a product would keep NaN and make -0.0)."""
+        parameters = dict(bare(model).named_parameters())
+        for name, tensor in self.items():
+            parameters[name].masked_fill_(~tensor.to(parameters[name].device), 0.0)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file of uint8 0/1 tensors; the digest is in its metadata."""
+        tensors = {name: t.to(torch.uint8) for name, t in self.items()}
+        metadata = {"format": FORMAT, "digest": self.digest, "kept": str(self.kept), "total": str(self.total)}
+        files.save_tensors(path, tensors, metadata)
+
+    @staticmethod
+    def load(path: str | Path, model: nn.Module | None = None) -> Masks:
+        """Read a mask file. Raises UserError naming it when truncated, foreign, not 0/1, or not `model`'s."""
+        tensors, metadata = files.load_tensors(path)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in (torch.uint8, torch.bool) or (tensor.numel() and int(tensor.max()) > 1):
+                raise UserError(f"{path}: {name!r} is not a 0/1 mask; is this a weight file?")
+        masks = Masks({name: t.bool() for name, t in tensors.items()})
+        if metadata.get("digest", masks.digest) != masks.digest:
+            raise UserError(f"{path}: its digest does not match its bits; the file is damaged, make it anew")
+        return _in_model_order(masks.check(model, str(path)), model) if model is not None else masks
+
+
+def _in_model_order(masks: Masks, model: nn.Module) -> Masks:
+    return Masks({name: masks[name] for name in prunable_parameters(model) if name in masks})
+
+
+def _pack(tensor: torch.Tensor) -> bytes:
+    import numpy as np
+
+    return np.packbits(tensor.numpy().reshape(-1)).tobytes()
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"

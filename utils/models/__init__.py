@@ -1,0 +1,119 @@
+"""Networks by name: `torchvision/<name>`, `timm/<name>` and the CIFAR-style ones registered here, behind one `build`.
+
+Every network is the stock module with stock state_dict keys and a head of the data set's classes. Its initial weights
+depend on (seed, name, classes) alone, so runs of different methods start from the same ones.
+
+A new network is one function `(num_classes) -> nn.Module` with one decorator, in a file of this package:
+
+    @model("cifar/my_net")
+    def my_net(num_classes: int) -> nn.Module: ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from utils.data.stateless import derive
+from utils.models import pretrained as weights
+from utils.system.errors import UserError
+from utils.system.registry import Registry, nearest
+
+Builder = Callable[[int], nn.Module]
+"""Number of classes to a network with fresh weights."""
+
+model: Registry[Builder] = Registry("model")
+
+_ZOOS = {"torchvision/": "utils.models.torchvision_zoo", "timm/": "utils.models.timm_zoo"}
+
+
+class Zoo(Protocol):
+    """A module that builds a library's networks by the library's own names."""
+
+    def construct(self, name: str, num_classes: int, image_size: int | None, tag: str) -> nn.Module:
+        """The network with fresh weights, or with the published ones called `tag`."""
+        ...
+
+    def loaded(self, network: nn.Module, name: str, file_name: str) -> None:
+        """Called after weights were read from a local file."""
+        ...
+
+
+def build(
+    name: str, num_classes: int, *, pretrained: str = "", image_size: int | None = None, seed: int = 0
+) -> nn.Module:
+    """The network called `name` for RGB images, in train mode, on the CPU, in float32.
+
+    num_classes: outputs of the head.
+    pretrained: empty for fresh weights; a file (has a suffix of weight files or a slash); or the name of published
+        weights (`default`, `IMAGENET1K_V1`, a timm tag). A head of another size is dropped and starts fresh.
+    image_size: side of the square images in pixels. It shapes transformers with fixed positions, and the network is
+        tried on one such image. None: the network's own, untried.
+    seed: initial weights are a function of (seed, name, num_classes), whatever the thread count; no global random
+        state is read or changed.
+
+    Raises UserError for an unknown name, weights that do not fit, or images the network cannot take.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; a head needs at least one class")
+    path = weights.local_file(pretrained)
+    with _drawing_from(derive("initial weights", seed, name, num_classes)):
+        network = _construct(name, num_classes, image_size, "" if path else pretrained)
+    if path is not None:
+        weights.put(network, weights.read(path), str(path))
+        for prefix, home in _ZOOS.items():
+            if name.startswith(prefix):
+                importlib.import_module(home).loaded(network, name.removeprefix(prefix), path.name)
+    if image_size is not None:
+        _try(network, name, num_classes, image_size)
+    return network.train()
+
+
+def _construct(name: str, num_classes: int, image_size: int | None, tag: str) -> nn.Module:
+    for prefix, home in _ZOOS.items():
+        if name.startswith(prefix):
+            zoo: Zoo = importlib.import_module(home)  # type: ignore[assignment]  # imports the library only now
+            return zoo.construct(name.removeprefix(prefix), num_classes, image_size, tag)
+    if name not in model:
+        known = nearest(name, model.names())
+        raise UserError(f"model.name: unknown {name!r}{known} (or torchvision/<name>, timm/<name>)")
+    if tag:
+        raise UserError(
+            f"model.pretrained: {name} has no published weights called {tag!r}; give a file or leave it empty"
+        )
+    return model[name](num_classes)
+
+
+@contextlib.contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """Torch's CPU generator seeded with `seed`, and one thread, for the time of the block.
+
+    One thread, because where a vectorised fill is cut among threads decides the last bit of some values.
+    """
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def _try(network: nn.Module, name: str, num_classes: int, size: int) -> None:
+    """Run one black image through, so that a wrong size stops a run before it starts. Leaves no trace."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            out = network.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{name} cannot take {size} px images ({weights.one_line(error)}); set data.image_size"
+        ) from error
+    if not isinstance(out, torch.Tensor) or out.shape != (1, num_classes):
+        raise UserError(f"model.name: {name} is not an image classifier: its output is not one score per class")

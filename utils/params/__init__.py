@@ -1,0 +1,47 @@
+"""All parameters of a run: one frozen dataclass per section, no torch, no fastargs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from utils.params.data import Data
+from utils.params.distributed import Distributed
+from utils.params.levels import Levels
+from utils.params.model import Model
+from utils.params.optimizer import Optimizer
+from utils.params.pruning import Pruning
+from utils.params.run import Run
+from utils.params.schedule import Schedule
+from utils.params.step import Step
+from utils.params.training import Training
+
+
+@dataclass(frozen=True)
+class Params:
+    """Every section of a config. A new section is a field here and a file beside this one."""
+
+    run: Run = dataclasses.field(default_factory=Run)
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    training: Training = dataclasses.field(default_factory=Training)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    pruning: Pruning = dataclasses.field(default_factory=Pruning)
+    levels: Levels = dataclasses.field(default_factory=Levels)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+
+
+__all__ = [
+    "Data",
+    "Distributed",
+    "Levels",
+    "Model",
+    "Optimizer",
+    "Params",
+    "Pruning",
+    "Run",
+    "Schedule",
+    "Step",
+    "Training",
+]

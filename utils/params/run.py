@@ -1,0 +1,22 @@
+"""Section `run`: where a run lives, its seed and its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from utils.params.field import param
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives, its seed and its device."""
+
+    root: str = param("runs", "folder that holds all runs", hashed=False)
+    name: str = param("sieve", "readable prefix of the run directory: letters, digits, '.', '_' and '-'")
+    seed: int = param(0, "seed of initial weights, random scores and, unless set apart, data order", low=0)
+    plan: bool = param(False, "print levels, densities, steps, disk and memory estimate, then end", hashed=False)
+    device: str = param(
+        "auto", "auto takes the GPU of the local rank when there is one", choices=("auto", "cpu", "cuda")
+    )
+    deterministic: bool = param(False, "deterministic GPU kernels (slower; CPU runs always are)")
+    threads: int | None = param(None, "torch threads per process; auto keeps OMP_NUM_THREADS or torch's own", low=1)

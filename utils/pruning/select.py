@@ -1,0 +1,159 @@
+"""Exact selection: the highest scores of a pool of layers, to the weight, ties broken by a seeded order.
+
+Only live (surviving) weights compete, so whatever is chosen is a subset of what lived. Scores may be zero, negative or
+infinite and -0.0 equals 0.0. Among weights of equal score those with the smallest `priority` stay: a hash of (seed,
+layer name, flat index in C order), so the order is random but equal on every rank, machine and memory layout; should
+two hashes agree, the earlier layer, then the lower index, stays.
+
+The threshold comes from numpy's partition, several times faster than a sort or torch.kthvalue on large CPUs' vectors;
+it is a value of the scores themselves, so the result does not depend on the algorithm that found it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from utils.data.stateless import derive, uniform
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One prunable parameter in flat C order: what an allocation and the selection see of it.
+
+    scores: float32 or float64 [size]; live: bool [size], the weights that may be kept; key: starts the tie order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scores: np.ndarray
+    live: np.ndarray
+    key: int = 0
+
+    @property
+    def size(self) -> int:
+        """All weights of the parameter, live or not."""
+        return len(self.live)
+
+    @functools.cached_property
+    def alive(self) -> int:
+        """Live weights: the most that can be kept."""
+        return int(np.count_nonzero(self.live))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Layers whose weights compete with each other, and how many of them stay."""
+
+    layers: tuple[Layer, ...]
+    keep: int
+
+
+def kept_count(density: float, weights: int) -> int:
+    """Weights that `density` of `weights` means: floor(density * weights + 0.5)."""
+    return math.floor(density * weights + 0.5)
+
+
+def layers_of(scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], seed: int) -> list[Layer]:
+    """Layers in the order of `masks`, on the CPU, in one dtype (float64 as soon as one score tensor is).
+
+    Scores of other dtypes than float32 and float64 become float32.
+    """
+    wide = any(scores[name].dtype == torch.float64 for name in masks)
+    dtype = torch.float64 if wide else torch.float32
+    return [
+        Layer(
+            name,
+            tuple(mask.shape),
+            scores[name].detach().to("cpu", dtype).reshape(-1).numpy(),
+            mask.reshape(-1).numpy(),
+            derive("ties", seed, name),
+        )
+        for name, mask in masks.items()
+    ]
+
+
+def top(pool: Pool) -> dict[str, torch.Tensor]:
+    """Bool masks, by name in the parameters' shapes, that keep exactly the `pool.keep` best live weights.
+
+    Raises ValueError when the pool has fewer live weights than that.
+    """
+    alive = sum(layer.alive for layer in pool.layers)
+    if not 0 <= pool.keep <= alive:
+        raise ValueError(f"cannot keep {pool.keep} of {alive} live weights")
+    if pool.keep == alive:
+        chosen = [layer.live for layer in pool.layers]
+    elif pool.keep == 0:
+        chosen = [np.zeros(layer.size, dtype=bool) for layer in pool.layers]
+    else:
+        threshold = _threshold(pool, alive)
+        chosen = [_at_least(layer, threshold) for layer in pool.layers]
+        _drop_ties(pool, chosen, threshold)
+    masks = zip(pool.layers, chosen, strict=True)
+    return {layer.name: torch.from_numpy(mask.reshape(layer.shape)) for layer, mask in masks}
+
+
+def _threshold(pool: Pool, alive: int) -> np.floating:
+    """The score of rank `pool.keep` (1 is the highest) among the live weights."""
+    buffer = np.empty(alive, dtype=pool.layers[0].scores.dtype)
+    start = 0
+    for layer in pool.layers:
+        part = buffer[start : start + layer.alive]
+        if layer.alive == layer.size:
+            part[:] = layer.scores
+        else:
+            np.compress(layer.live, layer.scores, out=part)
+        start += layer.alive
+    rank = alive - pool.keep
+    buffer.partition(rank)
+    value: np.floating = buffer[rank]
+    return value
+
+
+def _at_least(layer: Layer, threshold: np.floating) -> np.ndarray:
+    mask: np.ndarray = layer.scores >= threshold
+    return mask if layer.alive == layer.size else np.logical_and(mask, layer.live, out=mask)
+
+
+def _drop_ties(pool: Pool, chosen: list[np.ndarray], threshold: np.floating) -> None:
+    """Clear as many weights that score exactly `threshold` as `chosen` has too many, in place."""
+    excess = sum(int(np.count_nonzero(mask)) for mask in chosen) - pool.keep
+    if not excess:
+        return
+    tied = [
+        np.flatnonzero(np.logical_and(mask, layer.scores == threshold))
+        for layer, mask in zip(pool.layers, chosen, strict=True)
+    ]
+    order = [priority(layer.key, index) for layer, index in zip(pool.layers, tied, strict=True)]
+    everyone = np.concatenate(order)
+    stay = len(everyone) - excess
+    cut = np.partition(everyone, stay)[stay]
+    equal = stay - int(np.count_nonzero(everyone < cut))
+    for mask, index, rank in zip(chosen, tied, order, strict=True):
+        mask[index[rank > cut]] = False
+        level = index[rank == cut]
+        mask[level[equal:]] = False
+        equal = max(0, equal - len(level))
+
+
+def priority(key: int, indices: np.ndarray) -> np.ndarray:
+    """Place of flat `indices` in the tie order of the layer with `key`: float64 in [0, 1), smaller stays."""
+    place = np.empty(len(indices), dtype=np.float64)
+    for start in range(0, len(indices), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        place[part] = uniform(key, indices[part], 0)
+    return place
+
+
+def covers(pools: Sequence[Pool], layers: Sequence[Layer]) -> bool:
+    """True when every layer is in exactly one pool and no pool asks for more than its layers have."""
+    named = sorted(layer.name for pool in pools for layer in pool.layers)
+    room = all(0 <= pool.keep <= sum(layer.alive for layer in pool.layers) for pool in pools)
+    return room and named == sorted(layer.name for layer in layers)

@@ -1,0 +1,123 @@
+"""The record of a run: its config, what it ran on, its state, and the rows of its epochs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import yaml
+
+from utils import reporting
+from utils.data import Loaders
+from utils.params import Params
+from utils.params.identity import run_id
+from utils.params.parsing import dump
+from utils.system import environment
+from utils.system.atomic import sha256, write_json, write_text
+from utils.system.distributed import World
+from utils.system.errors import UserError
+from utils.system.rundir import RunDir
+
+EPOCH_COLUMNS = (
+    "level", "epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc",
+    "test_acc_top5", "images_per_second", "data_wait", "seconds",
+)  # fmt: skip
+
+
+def run_dir(params: Params) -> RunDir:
+    """The directory of the run this config names."""
+    return RunDir(Path(params.run.root) / run_id(params))
+
+
+class Record:
+    """Writes config.yaml, environment.json and status.json. Rank 0 alone calls its methods."""
+
+    def __init__(self, params: Params, loaders: Loaders, dtype: torch.dtype, world: World, device: torch.device) -> None:
+        self.params = params
+        self.dir = run_dir(params)
+        self._world, self._device = world, device
+        pretrained = Path(params.model.pretrained)
+        self.inputs = {
+            "loader": loaders.loader,
+            "precision": str(dtype).removeprefix("torch."),
+            "pretrained": sha256(pretrained) if params.model.pretrained and pretrained.is_file() else None,
+            **{f"data {split}": digest for split, digest in loaders.digests.items()},
+        }
+
+    def start(self) -> None:
+        """Open the run. Raises UserError when its directory was filled from other inputs, naming which."""
+        if self.dir.environment.is_file():
+            self._compare()
+        else:
+            record = {"inputs": self.inputs, **environment.describe(self._world, self._device)}
+            write_json(self.dir.environment, record)
+        write_text(self.dir.config, yaml.safe_dump(dump(self.params), sort_keys=False))
+        self.status("running")
+
+    def _compare(self) -> None:
+        path = self.dir.environment
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))["inputs"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not readable; remove the run directory or use another run.name") from error
+        for name in sorted(before.keys() | self.inputs.keys()):
+            old, new = before.get(name), self.inputs.get(name)
+            if old != new:
+                raise UserError(
+                    f"{self.dir.path}: {name} was {_short(old)} when this run began and is {_short(new)} now; "
+                    "restore it, or use another run.name"
+                )
+
+    def finish(self, levels: list[int]) -> None:
+        """Rebuild the tables and, when every level is there, say that the run is done."""
+        reporting.rebuild(self.dir)
+        if all(self.dir.level(number).row.is_file() for number in levels):
+            self.status("done")
+
+    def status(self, state: str, **more: Any) -> None:
+        """Write status.json."""
+        write_json(self.dir.status, {"state": state, **more})
+
+
+def fail(params: Params, reason: str) -> None:
+    """Mark a run that has begun as failed."""
+    directory = run_dir(params)
+    if directory.status.is_file():
+        write_json(directory.status, {"state": "failed", "reason": reason})
+
+
+class EpochsCsv:
+    """epochs.csv, one row per epoch, on disk as the epoch ends. Without a path it writes nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def __enter__(self) -> EpochsCsv:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = open(self.path, "w", newline="", encoding="utf-8")
+            self._writer = csv.DictWriter(self._handle, EPOCH_COLUMNS, extrasaction="ignore", lineterminator="\n")
+            self._writer.writeheader()
+        return self
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row and flush it to disk. None becomes an empty cell."""
+        if self.path is not None:
+            self._writer.writerow({key: "" if value is None else value for key, value in row.items()})
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.path is not None:
+            self._handle.close()
+
+
+def _short(value: str | None) -> str:
+    return "absent" if value is None else value[:16]

@@ -1,0 +1,140 @@
+"""Keeps a model inside its masks while it trains, without touching its modules.
+
+Gradients are masked as they are accumulated (so before DDP's reduction, unscaling and clipping) and weights after
+every optimizer step. With weights and optimizer state projected whenever masks change, pruned weights are exactly
++0.0 after every step, and the live ones follow the trajectory of a `weight * mask` forward bit for bit (eager float32
+on a CPU).
+
+Zeroing is a bitwise AND with all-ones or all-zeros words of the element's size: it moves the bytes of a product, but
+turns inf and NaN into +0.0 and never makes -0.0. The words live in the parameter's own strides, and a change of masks
+copies into them, so that addresses captured by a CUDA graph or a compiled step stay valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from utils.masks import Masks, bare
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer | None, masks: Masks) -> Sparsity:
+    """Hold `model` inside `masks` from here on: after every `optimizer.step()` pruned weights are 0.0.
+
+    Attach after the model has its final device and memory format. Raises UserError when the masks are another model's.
+    """
+    return Sparsity(model, optimizer, masks)
+
+
+class Sparsity:
+    """The masks of one model on its device, and the hooks that enforce them. Made by `attach`."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, masks: Masks) -> None:
+        masks.check(model)
+        named = dict(bare(model).named_parameters())
+        self._parameters = {name: named[name] for name in masks}
+        self._words = {name: _full_words(p) for name, p in self._parameters.items()}
+        self._masks = masks
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._step_hook: RemovableHandle | None = None
+        self._dense_gradients = False
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._gradient_hook(name))
+            for name, p in self._parameters.items()
+            if p.requires_grad
+        ]
+        self.watch(optimizer)
+        self.set(masks)
+
+    @property
+    def masks(self) -> Masks:
+        """The masks enforced now."""
+        return self._masks
+
+    def watch(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Enforce the masks after the steps of this optimizer, instead of the one before it."""
+        if self._step_hook is not None:
+            self._step_hook.remove()
+            self._step_hook = None
+        self._optimizer = optimizer
+        if optimizer is not None:
+            # A hook of the optimizer is not called for the steps a GradScaler skips.
+            self._step_hook = optimizer.register_step_post_hook(self._after_step)
+
+    def set(self, masks: Masks) -> None:
+        """Change the masks: copy them into place, then project weights, gradients and optimizer state."""
+        shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        if {name: tuple(mask.shape) for name, mask in masks.items()} != shapes:
+            raise ValueError("masks cover other parameters than those attached; attach anew")
+        for name, words in self._words.items():
+            words.copy_(masks[name].to(words.device).to(words.dtype).neg_())
+        self._masks = masks
+        self.project()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Fill pruned places with 0.0: weights, gradients and every weight-shaped optimizer state."""
+        for name, p in self._parameters.items():
+            self.zero_pruned(name, p)
+            if p.grad is not None:
+                self.zero_pruned(name, p.grad)
+            for value in self._state_of(p):
+                self.zero_pruned(name, value)
+
+    def zero_pruned(self, name: str, tensor: torch.Tensor) -> None:
+        """Fill `tensor`, shaped as parameter `name`, with 0.0 where the parameter is pruned, in place."""
+        words = self._words[name]
+        if tensor.element_size() == words.element_size() and tensor.is_floating_point():
+            tensor.detach().view(words.dtype).bitwise_and_(words)
+        else:
+            tensor.detach().masked_fill_(words == 0, 0.0)
+
+    def detach(self) -> None:
+        """Remove all hooks; weights stay as they are."""
+        self.watch(None)
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def dense_gradients(self, dense: bool) -> None:
+        """Let gradients of pruned weights through (a mask update reads them), until switched back."""
+        self._dense_gradients = dense
+
+    def violations(self) -> list[str]:
+        """Names of parameters with a pruned weight or optimizer state that is not exactly +0.0."""
+        bad = []
+        for name, p in self._parameters.items():
+            tensors = [p, *self._state_of(p)]
+            if any(bool((_bits(t)[self._words[name] == 0] != 0).any()) for t in tensors):
+                bad.append(name)
+        return bad
+
+    def _gradient_hook(self, name: str) -> Any:
+        def mask(p: torch.Tensor) -> None:
+            if p.grad is not None and not self._dense_gradients:
+                self.zero_pruned(name, p.grad)
+
+        return mask
+
+    def _after_step(self, *_: Any) -> None:
+        with torch.no_grad():
+            for name, p in self._parameters.items():
+                self.zero_pruned(name, p)
+
+    def _state_of(self, p: torch.Tensor) -> Iterable[torch.Tensor]:
+        state = self._optimizer.state.get(p, {}) if self._optimizer is not None else {}
+        return [v for v in state.values() if isinstance(v, torch.Tensor) and v.shape == p.shape and v.is_floating_point()]
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(_WORDS[tensor.element_size()])
+
+
+def _full_words(p: torch.Tensor) -> torch.Tensor:
+    """All-ones words in the parameter's shape, strides and element size."""
+    return torch.empty_strided(p.shape, p.stride(), dtype=_WORDS[p.element_size()], device=p.device).fill_(-1)

@@ -1,0 +1,131 @@
+"""The process group: who we are, collectives in few words, and a start and stop that always match."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from utils.system.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all, as torchrun's environment tells it (one process without torchrun)."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """True on the one process that writes files and prints."""
+        return self.rank == 0
+
+
+def world() -> World:
+    """Read torchrun's environment variables."""
+    env = os.environ
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return World()
+    return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def choose_device(choice: str, place: World) -> torch.device:
+    """`auto`, `cpu` or `cuda` to a device; a GPU is the one of the local rank. Raises UserError when there is none."""
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if place.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"run.device={choice}: local rank {place.local_rank} has no GPU ({torch.cuda.device_count()} visible); "
+            "start fewer processes per node or set run.device=cpu"
+        )
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start(place: World, device: torch.device, backend: str = "auto", timeout: float = 600.0) -> None:
+    """Join the process group torchrun set up; nothing to do for one process without torchrun."""
+    if place.size == 1 and "MASTER_ADDR" not in os.environ:
+        return
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        raise UserError("distributed.backend=nccl needs GPUs; set distributed.backend=gloo")
+    options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **options)
+
+
+def stop() -> None:
+    """Leave the process group, if in one."""
+    if active():
+        dist.destroy_process_group()
+
+
+def active() -> bool:
+    """True between `start` and `stop` of a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum in place over all ranks; returns the tensor."""
+    if active():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Average in place over all ranks; returns the tensor."""
+    if active():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's `value` (any small picklable object of our own making), by rank."""
+    if not active():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """Run `make` on rank 0 and hand its value to all ranks. An error there is raised on every rank."""
+    if not active():
+        return make()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:  # handed to every rank and raised below
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    value: T = box[0]
+    return value
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if active():
+        dist.barrier()
+
+
+def agree(what: str, digest: str) -> None:
+    """Raise RuntimeError on every rank unless all hold the same digest of `what`."""
+    digests = gather(digest)
+    if len(set(digests)) > 1:
+        table = ", ".join(f"rank {rank}: {value[:12]}" for rank, value in enumerate(digests))
+        raise RuntimeError(f"{what} differ between ranks ({table})")

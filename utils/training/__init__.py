@@ -1,0 +1,1 @@
+"""Training of one level: trainer, extensions, optimizers, learning-rate schedules, precision, averaging."""

@@ -1,0 +1,51 @@
+"""`Extension`: what acts during training without being part of the trainer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from utils.masks import Masks
+
+
+class Extension:
+    """Base class with a no-op for every call; an extension overrides what it needs.
+
+    Contract. The trainer makes every call on all ranks alike, in the order the extensions were given; an extension
+    that decides something must decide the same on every rank (reduce what it decides from first). `step` counts the
+    optimizer steps of the level's schedule from 0; a level that continues the schedule of an earlier step begins there.
+    For each optimizer step, whatever the accumulation:
+
+    1. `needs_dense_grad(step)` of every extension;
+    2. `before_step(step)`, before the forward pass;
+    3. forward, backward and the optimizer's step; pruned weights are 0.0 again;
+    4. `after_step(step)`, with the same number.
+
+    `epoch_end` follows the last step of an epoch, after BatchNorm statistics were averaged over the ranks and before
+    evaluation. `masks_changed` follows every change of masks, once weights and optimizer state are projected. None of
+    them may wait for the device at every step. `state` and `load_state` make a resumed run go on bit for bit: whatever
+    a later call depends on, and that is neither the model's nor a function of the step, belongs there.
+    """
+
+    def needs_dense_grad(self, step: int) -> bool:
+        """Whether the gradients of this step must be left unmasked, so that pruned weights show theirs."""
+        return False
+
+    def before_step(self, step: int) -> None:
+        """Called before the forward pass of the step."""
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimizer's step; gradients are gone by then."""
+
+    def epoch_end(self, epoch: int) -> dict[str, float]:
+        """Called after the epoch's last step; returns columns for its row (none by default)."""
+        return {}
+
+    def masks_changed(self, masks: Masks) -> None:
+        """Called after every change of masks, with the new ones."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: CPU tensors by name, contiguous, that share no memory with the live ones."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` returned. Raises UserError when it is another model's."""

@@ -1,0 +1,68 @@
+"""Wrapping a model for training: memory format, DistributedDataParallel, torch.compile."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from utils import params
+from utils.system.distributed import World, active
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Put convolution weights into NHWC order, in place.
+
+    1x1 weights stay contiguous: their strides are ambiguous, which makes DDP copy every such gradient.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() == 4 and parameter.shape[2:] != (1, 1):
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def wrap(model: nn.Module, section: params.Distributed, device: torch.device, compiled: bool) -> nn.Module:
+    """The module whose forward the trainer calls: DDP when in a process group, compiled when asked for.
+
+    Every rank must hold the same weights already; nothing is broadcast, neither here nor per step.
+    """
+    wrapped = model
+    if active():
+        wrapped = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=section.find_unused_parameters,
+        )
+    return torch.compile(wrapped) if compiled else wrapped  # type: ignore[return-value]
+
+
+def warm(wrapped: nn.Module, bare: nn.Module, backward: Callable[[nn.Module], None], world: World) -> None:
+    """Let DDP settle its gradient buckets: one dummy forward and backward that leaves no trace.
+
+    DDP reorders its buckets after its first backward pass, which changes the order of sums on three or more ranks. Done
+    here, every optimizer step of a fresh process adds as the steps of one that has run for days. Buffers, gradients, RNG
+    and training mode are as before.
+    """
+    if world.size == 1 or not active():
+        return
+    buffers = {name: b.clone() for name, b in bare.named_buffers()}
+    training = bare.training
+    with _rng_kept():
+        for _ in range(2):  # buckets are rebuilt by the forward after the first backward
+            wrapped.train()
+            backward(wrapped)
+            for parameter in bare.parameters():
+                parameter.grad = None
+    with torch.no_grad():
+        for name, b in bare.named_buffers():
+            b.copy_(buffers[name])
+    wrapped.train(training)
+
+
+@contextlib.contextmanager
+def _rng_kept() -> Iterator[None]:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+        yield
