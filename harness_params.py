@@ -86,7 +86,7 @@ def load_with_or_exit(
         _refuse(error)
 
 
-class Parsed(Checker):  # type: ignore[misc]  # fastargs has no types
+class Parsed(Checker):
     """fastargs checker that reads one key our way; its own would take "false" for true and 1.5 for an int."""
 
     def __init__(self, key: Key) -> None:
@@ -157,7 +157,9 @@ def _take_apart(argv: list[str], options: Mapping[str, str]) -> Command:
 def _known(name: str, options: Mapping[str, str]) -> None:
     if name in ("config", *options):
         return
-    if "." not in name and (hint := did_you_mean(f"--{name}", ["--config", "--help", *(f"--{o}" for o in options)])):
+    if "." not in name and (
+        hint := did_you_mean(f"--{name}", ["--config", "--help", *(f"--{o}" for o in options)], 0.75)
+    ):
         raise ParamError(f"unknown option '--{name}'{hint}")
     known_key(name, prefix="--")
 

@@ -78,7 +78,9 @@ def test_set_algebra_laws(one: int, two: int) -> None:
     assert a <= (a | b)
     assert (a & b).kept + (a | b).kept == a.kept + b.kept
     assert (a == b) == (a.digest == b.digest)
-    assert (a <= b) == all(x <= y for x, y in zip(a["weight"].flatten().tolist(), b["weight"].flatten().tolist(), strict=True))
+    assert (a <= b) == all(
+        x <= y for x, y in zip(a["weight"].flatten().tolist(), b["weight"].flatten().tolist(), strict=True)
+    )
 
 
 def test_masks_of_other_parameters_do_not_mix() -> None:

@@ -43,11 +43,14 @@ def random_masks(model: nn.Module, density: float = 0.3, seed: int = 1) -> Masks
 def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(2)
     return [
-        (torch.randn(6, 3, 6, 6, generator=generator), torch.randint(5, (6,), generator=generator)) for _ in range(count)
+        (torch.randn(6, 3, 6, 6, generator=generator), torch.randint(5, (6,), generator=generator))
+        for _ in range(count)
     ]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 25, clip: float | None = None, micro: int = 1) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 25, clip: float | None = None, micro: int = 1
+) -> list[float]:
     losses = []
     for number, (images, labels) in enumerate(batches(count)):
         loss = F.cross_entropy(model(images), labels)

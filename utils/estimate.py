@@ -23,13 +23,14 @@ def describe(params: Params, world: World) -> str:
     spec = resolve(params.data)
     plan = level_plan(params)
     per_epoch = _steps_per_epoch(params, spec)
-    network = models.build(
-        params.model.name, spec.classes, image_size=spec.image_size, seed=params.run.seed
-    )
+    network = models.build(params.model.name, spec.classes, image_size=spec.image_size, seed=params.run.seed)
     weights = sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() for b in network.buffers())
     prunable = Masks.dense(network, params.pruning.exclude).total
-    lines = [f"run directory  {run_dir(params).path}", f"model          {params.model.name}: {weights:,} parameters, {prunable:,} prunable"]
+    lines = [
+        f"run directory  {run_dir(params).path}",
+        f"model          {params.model.name}: {weights:,} parameters, {prunable:,} prunable",
+    ]
     lines += ["", *_level_table(plan, per_epoch, prunable), ""]
     if per_epoch is None:
         lines.append(f"steps          unknown until the data set is in {spec.directory}")
@@ -42,7 +43,9 @@ def describe(params: Params, world: World) -> str:
     lines.append(f"disk           {_megabytes(disk)} for weights and masks of {len(plan)} level(s)")
     tensors = 2 + STATES.get(params.optimizer.name, 2) + (params.training.ema is not None)
     memory = 4 * weights * tensors + 4 * prunable + 4 * (weights + buffers)
-    lines.append(f"memory         {_megabytes(memory)} per rank for weights, gradients, optimizer and masks, plus activations")
+    lines.append(
+        f"memory         {_megabytes(memory)} per rank for weights, gradients, optimizer and masks, plus activations"
+    )
     return "\n".join(lines)
 
 

@@ -8,10 +8,8 @@ writes; all ranks compute the same masks and weights and compare their digests.
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -22,7 +20,8 @@ from utils.params import Params
 from utils.params.checks import check_ranks
 from utils.params.plan import Level, level_plan
 from utils.pruning.report import write_layers_csv
-from utils.record import EpochsCsv, Record
+from utils.record import EpochsCsv, Record, run_dir
+from utils.rewinding import Rewinding
 from utils.system import distributed
 from utils.system.atomic import write_json
 from utils.system.console import Console, number
@@ -32,10 +31,11 @@ from utils.system.rundir import LevelDir, RunDir
 from utils.tasks.classification import ImageClassification
 from utils.training.averaging import ExponentialAverage
 from utils.training.extension import Extension
-from utils.training.optimizers import build_optimizer, load_optimizer_state, optimizer_state
+from utils.training.optimizers import build_optimizer
 from utils.training.parallel import to_channels_last
 from utils.training.schedules import lr_at
 from utils.training.trainer import Row, Stage, Trainer
+
 
 class Driver:
     """One run: its directory, its data and model, and the levels of its plan."""
@@ -79,6 +79,7 @@ class Driver:
                 console=console,
             )
             self.sparsity = sparsity.attach(self.model, None, Masks.dense(self.model, params.pruning.exclude))
+            self.rewinding = Rewinding(params, self.trainer, run_dir(params))
             self._check_steps()
             self.harness = pruning.PruningHarness(params.pruning, seed=params.run.seed, loss=self.task.scoring_loss)
             self.record = Record(params, self.loaders, self.trainer.dtype, world, device)
@@ -94,9 +95,10 @@ class Driver:
     def run(self) -> RunDir:
         """Run every level of the plan that is not done yet, or `levels.only` alone."""
         try:
+            wanted = self._wanted()
             distributed.from_main(self.record.start)
-            for level in self._wanted():
-                if self._there(self.dir.level(level.number).row):
+            for level in wanted:
+                if distributed.exists(self.dir.level(level.number).row):
                     self.console.line(f"level {level.number}: done already")
                 else:
                     self._level(level)
@@ -112,7 +114,7 @@ class Driver:
         if only >= len(self.plan):
             raise UserError(f"levels.only={only}: the plan has levels 0 to {len(self.plan) - 1}")
         level = self.plan[only]
-        if level.source is not None and not self._there(self.dir.level(level.source).row):
+        if level.source is not None and not distributed.exists(self.dir.level(level.source).row):
             raise UserError(
                 f"levels.only={only}: level {level.source} it starts from is not done in {self.dir.path}; run it first"
             )
@@ -130,16 +132,16 @@ class Driver:
         self.console.restart_table()
         pruned = self._pruned_accuracy(level, source, masks)
         optimizer = build_optimizer(self.model, self.params.optimizer, self.device)
-        start = self._rewind(level, source, optimizer)
+        start = self.rewinding.restore(level, self.initial, source, optimizer)
         self.sparsity.watch(optimizer)
         self.sparsity.set(masks)
         self._agree(f"level {level.number} start")
         extensions = self._extensions(masks)
-        stage = Stage(level.number, level.epochs, self._rate(level), start, self._marks(level, place, optimizer))
+        stage = Stage(level.number, level.epochs, self._rate(level), start, self.rewinding.marks(level, optimizer))
         rows = self._train(stage, optimizer, extensions, place)
         self._agree(f"level {level.number} end")
         final = rows[-1] if rows else self.trainer.evaluate_all(extensions)
-        row = self._row(level, masks, rows, final, pruned)
+        row = self.record.level_row(level, masks, rows, final, pruned, files.digest(files.state_of(self.model)))
         distributed.from_main(functools.partial(self._save, place, extensions, row, begin))
         self.console.row(
             [
@@ -158,14 +160,14 @@ class Driver:
         if level.source is None:
             return self.initial
         path = self.dir.level(level.source).weights
-        if not self._there(path):
+        if not distributed.exists(path):
             raise UserError(f"{path}: missing, level {level.number} prunes it; run level {level.source} again")
         return files.load_weights(path)
 
     def _prune(self, level: Level, place: LevelDir, source: dict[str, torch.Tensor]) -> Masks:
         """The level's masks: read when they are there, else computed on every rank and written by rank 0."""
         files.put_weights(self.model, source)
-        if self._there(place.mask):
+        if distributed.exists(place.mask):
             masks = Masks.load(place.mask, self.model)
         else:
             live = Masks.dense(self.model, self.params.pruning.exclude)
@@ -184,50 +186,12 @@ class Driver:
         masks.save(place.mask)
 
     def _pruned_accuracy(self, level: Level, source: dict[str, torch.Tensor], masks: Masks) -> float | None:
-        """Test accuracy right after pruning, before any rewinding or training; None where nothing trained was pruned."""
+        """Test accuracy right after pruning, before rewinding and training; None where nothing trained was pruned."""
         if level.source is None:
             return None
         files.put_weights(self.model, source)
         masks.apply_(self.model)
         return float(self.trainer.evaluate(self.loaders.test)["acc"])
-
-    def _rewind(self, level: Level, source: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
-        """Put the weights the level trains from into the model. Returns the step its schedule starts at."""
-        if level.rewind in (None, "imp"):
-            files.put_weights(self.model, self.initial)
-        elif level.rewind in ("lrr", "none"):
-            files.put_weights(self.model, source)
-        else:
-            return self._rewind_to_step(optimizer)
-        return 0
-
-    def _rewind_to_step(self, optimizer: torch.optim.Optimizer) -> int:
-        levels = self.params.levels
-        path = self.dir.level(0).rewind
-        if not self._there(path):
-            raise UserError(f"{path}: missing, levels.rewind=wr starts from it; delete {path.parent} and run level 0 again")
-        stored, metadata = files.load_tensors(path)
-        step = self._rewind_at()
-        if metadata.get("step") != str(step):
-            raise UserError(f"{path}: holds step {metadata.get('step')}, not {step}; delete {path.parent} and run level 0 again")
-        files.put_weights(self.model, _part(stored, "model."), str(path))
-        if levels.rewind_optimizer:
-            load_optimizer_state(self.model, optimizer, _part(stored, "optimizer."))
-        return step if levels.rewind_schedule == "continue" else 0
-
-    def _marks(self, level: Level, place: LevelDir, optimizer: torch.optim.Optimizer) -> dict[int, Callable[[], None]]:
-        """The rewind point is taken while the dense level 0 trains."""
-        if self.params.levels.rewind != "wr" or level.number != 0 or self.params.pruning.moment == "init":
-            return {}
-        step = self._rewind_at()
-
-        def capture() -> None:
-            state = self.trainer.averaged_state()
-            moments = optimizer_state(self.model, optimizer)
-            tensors = {f"model.{k}": v for k, v in state.items()} | {f"optimizer.{k}": v for k, v in moments.items()}
-            distributed.from_main(lambda: files.save_tensors(place.rewind, tensors, {"step": str(step)}))
-
-        return {step: capture}
 
     def _train(
         self, stage: Stage, optimizer: torch.optim.Optimizer, extensions: list[Extension], place: LevelDir
@@ -264,39 +228,6 @@ class Driver:
 
     # Pieces -------------------------------------------------------------------------------------------------------
 
-    def _row(self, level: Level, masks: Masks, rows: list[Row], final: Row, pruned: float | None) -> Row:
-        """The level's row of levels.csv; `seconds` is filled in as it is written."""
-        params, last = self.params, rows[-1] if rows else {}
-        scored = level.density < 1.0
-        return {
-            "run": self.dir.path.name,
-            "seed": params.run.seed,
-            "level": level.number,
-            "target_density": level.density,
-            "density": masks.density,
-            "sparsity": 1.0 - masks.density,
-            "kept_weights": masks.kept,
-            "prunable_weights": masks.total,
-            "epochs": len(rows),
-            "train_loss": last.get("train_loss"),
-            "train_acc": last.get("train_acc"),
-            **_accuracies(rows, final),
-            "pruned_test_acc": pruned,
-            "images_per_second": statistics.median(row["images_per_second"] for row in rows) if rows else None,
-            "mask_digest": masks.digest,
-            "weights_digest": files.digest(files.state_of(self.model)),
-            "dead_layers": sum(count == 0 for count in masks.counts.values()),
-            "model": params.model.name,
-            "dataset": params.data.name,
-            "criterion": params.pruning.criterion if scored else None,
-            "allocation": params.pruning.allocation if scored else None,
-            "moment": params.pruning.moment,
-            "rewind": level.rewind,
-            "precision": str(self.trainer.dtype).removeprefix("torch."),
-            "loader": self.loaders.loader,
-            "ranks": self.world.size,
-        }
-
     def _rate(self, level: Level) -> Callable[[int], float]:
         """The level's learning rate as a function of the step."""
         params, per_epoch = self.params, self.trainer.steps_per_epoch
@@ -313,22 +244,12 @@ class Driver:
             final = lr_at(max(first - 1, 0), params.schedule, params.optimizer.lr, first, per_epoch)
         return lambda step: final
 
-    def _rewind_at(self) -> int:
-        step = self.params.levels.rewind_step
-        assert step is not None
-        return step.at(self.trainer.steps_per_epoch)
-
     def _check_steps(self) -> None:
         """Refuse steps that only the number of steps per epoch shows to lie outside training."""
         for level in self.plan:
             if level.epochs:
                 self._rate(level)(0)
-        if self.params.levels.rewind == "wr" and len(self.plan) > 1:
-            total = min(level.epochs for level in self.plan) * self.trainer.steps_per_epoch
-            if self._rewind_at() >= total:
-                raise UserError(
-                    f"levels.rewind_step={self.params.levels.rewind_step}: training has only {total} steps; choose an earlier one"
-                )
+        self.rewinding.check(self.plan)
 
     def _extensions(self, masks: Masks) -> list[Extension]:
         """What acts during training besides the trainer."""
@@ -346,30 +267,6 @@ class Driver:
         if violations := self.sparsity.violations():
             raise RuntimeError(f"{moment}: pruned weights of {violations[0]!r} are not 0.0")
 
-    @staticmethod
-    def _there(path: Path) -> bool:
-        # Rank 0 looks for all, so that no rank takes another way than the rest.
-        return distributed.from_main(path.exists)
-
-
-def _accuracies(rows: list[Row], final: Row) -> Row:
-    """The accuracy columns: of the last epoch, of the best test epoch, and of the epoch with the best val accuracy."""
-    evaluated = [row for row in rows if "test_acc" in row]
-    validated = [row for row in evaluated if row["val_acc"] is not None]
-    best = max(validated, key=lambda row: row["val_acc"], default=None)
-    return {
-        "val_acc": final["val_acc"],
-        "test_loss": final["test_loss"],
-        "final_test_acc": final["test_acc"],
-        "max_test_acc": max([row["test_acc"] for row in evaluated] or [final["test_acc"]]),
-        "test_acc_top5": final["test_acc_top5"],
-        "best_val_test_acc": best and best["test_acc"],
-    }
-
 
 def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

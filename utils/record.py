@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import statistics
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,14 +15,18 @@ import yaml
 
 from utils import reporting
 from utils.data import Loaders
+from utils.masks import Masks
 from utils.params import Params
 from utils.params.identity import run_id
 from utils.params.parsing import dump
+from utils.params.plan import Level
 from utils.system import environment
 from utils.system.atomic import sha256, write_json, write_text
 from utils.system.distributed import World
 from utils.system.errors import UserError
 from utils.system.rundir import RunDir
+
+Row = dict[str, Any]
 
 EPOCH_COLUMNS = (
     "level", "epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc",
@@ -37,7 +42,9 @@ def run_dir(params: Params) -> RunDir:
 class Record:
     """Writes config.yaml, environment.json and status.json. Rank 0 alone calls its methods."""
 
-    def __init__(self, params: Params, loaders: Loaders, dtype: torch.dtype, world: World, device: torch.device) -> None:
+    def __init__(
+        self, params: Params, loaders: Loaders, dtype: torch.dtype, world: World, device: torch.device
+    ) -> None:
         self.params = params
         self.dir = run_dir(params)
         self._world, self._device = world, device
@@ -72,6 +79,44 @@ class Record:
                     f"{self.dir.path}: {name} was {_short(old)} when this run began and is {_short(new)} now; "
                     "restore it, or use another run.name"
                 )
+
+    def level_row(
+        self, level: Level, masks: Masks, rows: list[Row], final: Row, pruned: float | None, weights_digest: str
+    ) -> Row:
+        """The level's row of levels.csv, without its `seconds`.
+
+        rows: of its epochs; final: its last evaluation; pruned: test accuracy after pruning, before training.
+        """
+        params, last = self.params, rows[-1] if rows else {}
+        scored = level.density < 1.0
+        return {
+            "run": self.dir.path.name,
+            "seed": params.run.seed,
+            "level": level.number,
+            "target_density": level.density,
+            "density": masks.density,
+            "sparsity": 1.0 - masks.density,
+            "kept_weights": masks.kept,
+            "prunable_weights": masks.total,
+            "epochs": len(rows),
+            "train_loss": last.get("train_loss"),
+            "train_acc": last.get("train_acc"),
+            **_accuracies(rows, final),
+            "pruned_test_acc": pruned,
+            "images_per_second": statistics.median(row["images_per_second"] for row in rows) if rows else None,
+            "mask_digest": masks.digest,
+            "weights_digest": weights_digest,
+            "dead_layers": sum(count == 0 for count in masks.counts.values()),
+            "model": params.model.name,
+            "dataset": params.data.name,
+            "criterion": params.pruning.criterion if scored else None,
+            "allocation": params.pruning.allocation if scored else None,
+            "moment": params.pruning.moment,
+            "rewind": level.rewind,
+            "precision": self.inputs["precision"],
+            "loader": self.inputs["loader"],
+            "ranks": self._world.size,
+        }
 
     def finish(self, levels: list[int]) -> None:
         """Rebuild the tables and, when every level is there, say that the run is done."""
@@ -117,6 +162,21 @@ class EpochsCsv:
     ) -> None:
         if self.path is not None:
             self._handle.close()
+
+
+def _accuracies(rows: list[Row], final: Row) -> Row:
+    """The accuracy columns: of the last epoch, of the best test epoch, and of the epoch with the best val accuracy."""
+    evaluated = [row for row in rows if "test_acc" in row]
+    validated = [row for row in evaluated if row["val_acc"] is not None]
+    best = max(validated, key=lambda row: row["val_acc"], default=None)
+    return {
+        "val_acc": final["val_acc"],
+        "test_loss": final["test_loss"],
+        "final_test_acc": final["test_acc"],
+        "max_test_acc": max([row["test_acc"] for row in evaluated] or [final["test_acc"]]),
+        "test_acc_top5": final["test_acc_top5"],
+        "best_val_test_acc": best and best["test_acc"],
+    }
 
 
 def _short(value: str | None) -> str:

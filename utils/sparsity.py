@@ -128,7 +128,9 @@ class Sparsity:
 
     def _state_of(self, p: torch.Tensor) -> Iterable[torch.Tensor]:
         state = self._optimizer.state.get(p, {}) if self._optimizer is not None else {}
-        return [v for v in state.values() if isinstance(v, torch.Tensor) and v.shape == p.shape and v.is_floating_point()]
+        return [
+            v for v in state.values() if isinstance(v, torch.Tensor) and v.shape == p.shape and v.is_floating_point()
+        ]
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

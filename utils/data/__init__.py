@@ -1,0 +1,219 @@
+"""Data sets, splits and loaders. `prepare` once before the process group starts, then `build` on every rank."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from utils.data.datasets import SPLITS, open_split
+from utils.data.order import Shard
+from utils.data.protocol import Batch, Loader
+from utils.data.resolve import resolve
+from utils.data.spec import DataSpec
+from utils.data.splits import split, subset
+from utils.params import Params
+from utils.system.distributed import from_main
+from utils.system.errors import UserError
+
+__all__ = [
+    "DataSpec",
+    "Loader",
+    "Loaders",
+    "Shard",
+    "allowed_cpus",
+    "build",
+    "default_workers",
+    "prepare",
+    "resolve",
+    "take",
+]
+
+if TYPE_CHECKING:
+    from utils.data.device_loader import DeviceLoader
+    from utils.data.torchvision_loader import TorchvisionLoader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Loaders:
+    """The loaders of a run. `val` is None when data.val is 0; `loader` is the kind really used."""
+
+    train: Loader
+    val: Loader | None
+    test: Loader
+    spec: DataSpec
+    digests: dict[str, str]
+    """Hex digest of what was read, by split ("train", "test")."""
+    loader: str
+
+    def close(self) -> None:
+        """Stop all threads and processes; the loaders can be iterated again afterwards."""
+        for one in (self.train, self.val, self.test):
+            if one is not None:
+                one.close()
+
+
+@dataclass
+class _Opened:
+    """Both splits of a data set, ready for loaders. `make` takes (split, indices, training)."""
+
+    labels: np.ndarray
+    test_samples: int
+    digests: dict[str, str]
+    make: Callable[[str, np.ndarray, bool], Loader]
+
+
+def allowed_cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(local_size: int) -> int:
+    """Loader workers of each of `local_size` ranks on a node: its share of the allowed CPUs, at least 1."""
+    return max(1, allowed_cpus() // local_size)
+
+
+def prepare(params: Params, local_size: int = 1) -> None:
+    """Download the data set and write its .beton files where they are missing.
+
+    Every process of a node may call this at once, before the process group starts: one does the work under a file
+    lock, the others wait for it. Raises UserError when data is missing and cannot be had.
+    """
+    data = params.data
+    spec = resolve(data)
+    if _usable(data.loader, warn=False) == "ffcv":
+        from utils.data import beton
+
+        beton.ensure(spec, min(data.workers or default_workers(local_size), allowed_cpus()), data.download)
+        return
+    for name in SPLITS:
+        open_split(spec.name, spec.directory, name, data.download)
+
+
+def build(params: Params, shard: Shard, device: torch.device, channels_last: bool, workers: int) -> Loaders:
+    """Loaders of the training, val and test images for this rank, over data that `prepare` has seen to.
+
+    val images are training images that are held out, shown as in evaluation. `workers` is capped to the allowed CPUs.
+    Raises UserError when data is missing, damaged, or too little for one global batch.
+    """
+    data = params.data
+    spec = resolve(data)
+    kind = _usable(data.loader, warn=shard.rank == 0)
+    common: dict[str, Any] = {
+        "order_seed": params.run.seed if data.order_seed is None else data.order_seed,
+        "channels_last": channels_last,
+        "workers": max(1, min(workers, allowed_cpus())),
+    }
+    eval_batch = params.training.eval_batch_size or 2 * shard.micro_batch
+    opened = (_open_betons if kind == "ffcv" else _open_sources)(spec, kind, shard, device, eval_batch, common)
+    train, val = _indices(params, opened.labels, shard)
+    return Loaders(
+        train=opened.make("train", train, True),
+        val=opened.make("train", val, False) if len(val) else None,
+        test=opened.make("test", np.arange(opened.test_samples), False),
+        spec=spec,
+        digests=opened.digests,
+        loader=kind,
+    )
+
+
+def _indices(params: Params, labels: np.ndarray, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+    """Which training images are trained on, and which are held out."""
+    data = params.data
+    train, val = split(labels, data.val, data.split_seed)
+    if data.val > 0 and not len(val):
+        raise UserError(f"data.val={data.val} holds out none of the {len(labels)} training images; raise it or set 0")
+    if data.subset is not None:
+        train = subset(train, labels, data.subset, data.split_seed)
+    if len(train) < shard.batch_size:
+        raise UserError(
+            f"training.batch_size={shard.batch_size} is more than the {len(train)} training images; lower it"
+        )
+    return train, val
+
+
+def _open_betons(
+    spec: DataSpec, kind: str, shard: Shard, device: torch.device, eval_batch: int, common: dict[str, Any]
+) -> _Opened:
+    from utils.data import beton, ffcv_loader
+
+    paths = {name: beton.path_of(spec, name) for name in SPLITS}
+    digests = {name: str(beton.check(path, spec, name)["digest"]) for name, path in paths.items()}
+
+    def make(name: str, indices: np.ndarray, training: bool) -> Loader:
+        made: Loader = ffcv_loader.make(
+            spec, paths[name], indices, shard, device, training=training, eval_batch_size=eval_batch, **common
+        )
+        return made
+
+    return _Opened(beton.labels(paths["train"]), len(beton.labels(paths["test"])), digests, make)
+
+
+def _open_sources(
+    spec: DataSpec, kind: str, shard: Shard, device: torch.device, eval_batch: int, common: dict[str, Any]
+) -> _Opened:
+    kind_of = _loader_class(kind)
+    sources = {name: open_split(spec.name, spec.directory, name) for name in SPLITS}
+
+    def make(name: str, indices: np.ndarray, training: bool) -> Loader:
+        return kind_of(spec, sources[name], indices, shard, device, training=training, eval_batch=eval_batch, **common)
+
+    # One rank asks the file system for a million sizes, not all of them.
+    digests = from_main(lambda: {name: source.digest() for name, source in sources.items()})
+    return _Opened(sources["train"].labels, len(sources["test"]), digests, make)
+
+
+def _loader_class(kind: str) -> type[DeviceLoader] | type[TorchvisionLoader]:
+    if kind == "device":
+        from utils.data.device_loader import DeviceLoader
+
+        return DeviceLoader
+    from utils.data.torchvision_loader import TorchvisionLoader  # seconds to import, so only where it is used
+
+    return TorchvisionLoader
+
+
+def _usable(kind: str, warn: bool) -> str:
+    """The loader to use: `kind`, or torchvision, with one warning, where FFCV is asked for and cannot be imported."""
+    trouble = _ffcv_trouble() if kind == "ffcv" else None
+    if trouble is None:
+        return kind
+    if warn:
+        log.warning("%s; reading images with the slower torchvision loader", trouble)
+    return "torchvision"
+
+
+def _ffcv_trouble() -> str | None:
+    """Why FFCV cannot be used and what would install it, or None."""
+    if importlib.util.find_spec("ffcv") is None:
+        return (
+            "ffcv is not installed: run make setup, or pip install ffcv after the system packages libopencv-dev, "
+            "libturbojpeg0-dev and pkg-config"
+        )
+    try:
+        importlib.import_module("utils.data.ffcv_import")
+    except UserError as error:  # built for another Python, or a shared library is gone
+        return str(error)
+    return None
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    """The next `count` batches, copied; the iteration is ended properly. Raises UserError when there are fewer."""
+    iterator = iter(loader)
+    try:
+        batches = [(images.clone(), labels.clone()) for images, labels in itertools.islice(iterator, count)]
+    finally:
+        if hasattr(iterator, "close"):
+            iterator.close()
+    if len(batches) < count:
+        raise UserError(f"{count} training batches are wanted and there are {len(batches)}; lower training.batch_size")
+    return batches

@@ -103,7 +103,7 @@ def mirror(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
 
 
 def resized_crop(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
-    """The boxes (y, x, height, width) [B, 4] of `images` [B, H, W, 3], each resized to `size`: float32 [B, size, size, 3].
+    """Boxes (y, x, height, width) [B, 4] of `images` [B, H, W, 3], resized: float32 [B, size, size, 3].
 
     Bilinear with antialiasing (a triangle filter as wide as the reduction), reading nothing outside a box.
     """
@@ -132,7 +132,7 @@ def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, chann
 
 
 def erase(images: torch.Tensor, corners: torch.Tensor, side: int) -> torch.Tensor:
-    """Fill squares of `side` at `corners` [B, 2] (y, x) of normalised `images` [B, 3, H, W] with 0, the mean, in place."""
+    """Set squares of `side` at `corners` [B, 2] (y, x) of normalised `images` [B, 3, H, W] to 0, the mean; in place."""
     y = torch.arange(images.shape[2], device=images.device) - corners[:, :1]
     x = torch.arange(images.shape[3], device=images.device) - corners[:, 1:]
     inside = ((y >= 0) & (y < side))[:, :, None] & ((x >= 0) & (x < side))[:, None, :]

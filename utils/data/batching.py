@@ -57,5 +57,6 @@ class Batching:
         """Positions in `indices` of each batch from `start_batch` on; `start_batch` is 0 again afterwards."""
         start, self.start_batch = self.start_batch, 0
         if self.training:
-            return list(self.shard.train(epoch_order(self.order_seed, self.level, self.epoch, len(self.indices)))[start:])
+            order = epoch_order(self.order_seed, self.level, self.epoch, len(self.indices))
+            return list(self.shard.train(order)[start:])
         return [self._mine[at : at + self.eval_batch] for at in range(0, len(self._mine), self.eval_batch)][start:]

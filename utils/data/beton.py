@@ -1,6 +1,6 @@
 """.beton files of a data set: named, written when missing, checked before use, described by a sidecar.
 
-`python -m utils.data.beton --data.name=cifar10 ...` writes them ahead of training (`--force` writes them anew).
+`python -m utils.data.beton --data.name=cifar10 ...` writes them ahead of training (`--force=true` writes them anew).
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def ensure_split(
 ) -> Path:
     """`ensure` for one split."""
     path = path_of(spec, split)
-    # A file whose sidecar has not come yet may be one that is just being finished: that is for the lock's holder to say.
+    # A file whose sidecar has not come yet may be one that is just being finished: only the lock can tell.
     if not force and path.is_file() and sidecar_of(path).is_file():
         check(path, spec, split)
         return path
@@ -230,18 +230,17 @@ def _compare(path: Path, split: str, sidecar: dict[str, Any], samples: int, spec
         raise UserError(f"{path}: has {len(sidecar['classes'])} classes where {spec.name} has {spec.classes}; {MEND}")
     if sidecar["writer"] != writer_parameters(spec):
         raise UserError(f"{path}: written with {sidecar['writer']}, not {writer_parameters(spec)}; {MEND}")
-    written_from = sidecar.get("directory")
-    if (
-        spec.name == "folder"
-        and written_from
-        and Path(written_from) != spec.directory.resolve()
-        and spec.directory.is_dir()
-    ):
-        # Any folder is called `folder`: a file of another one must not pass for this one's, a moved one's may.
-        if open_split(spec.name, spec.directory, split).digest() != sidecar["source"]:
-            raise UserError(
-                f"{path}: written from {written_from}, not from {spec.directory}; set data.betons elsewhere"
-            )
+    if spec.name == "folder":
+        _compare_folder(path, split, sidecar, spec)
+
+
+def _compare_folder(path: Path, split: str, sidecar: dict[str, Any], spec: DataSpec) -> None:
+    """Any folder is called `folder`: a file of another one must not pass for this one's; a moved folder's may."""
+    origin = sidecar.get("directory", "")
+    if origin == str(spec.directory.resolve()) or not spec.directory.is_dir():
+        return
+    if open_split(spec.name, spec.directory, split).digest() != sidecar.get("source"):
+        raise UserError(f"{path}: written from {origin}, not from {spec.directory}; set data.betons to another folder")
 
 
 def main(arguments: list[str]) -> None:
@@ -249,9 +248,11 @@ def main(arguments: list[str]) -> None:
     import harness_params  # reads the whole config strictly; nothing but an entry point may import it
     from utils.data.resolve import resolve
 
-    force = "--force" in arguments
-    params = harness_params.load_or_exit([argument for argument in arguments if argument != "--force"])
+    options = {"force": "true writes files anew that are there already"}
+    usage = "python -m utils.data.beton --data.name=NAME [--config FILE] [--section.key=value ...]"
+    params, given = harness_params.load_with_or_exit(options, arguments, plan=False, usage=usage)
     try:
+        force = _yes(given.get("force", "false"))
         spec = resolve(params.data)
         for split in SPLITS:
             started = time.perf_counter()
@@ -266,6 +267,12 @@ def main(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         print("sieve: interrupted; nothing half-written was left", file=sys.stderr)
         sys.exit(130)
+
+
+def _yes(word: str) -> bool:
+    if word.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise UserError(f"--force: true or false, not {word!r}")
+    return word.lower() in ("true", "1", "yes")
 
 
 if __name__ == "__main__":

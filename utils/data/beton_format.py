@@ -110,9 +110,8 @@ def _check_extents(header: Header) -> None:
     if header.samples == 0 or header.table == 0:
         raise UserError(f"{header.path}: unfinished or empty (no samples or no table of contents); {MEND}")
     if header.data_start > header.table or header.table + header.samples * ALLOCATION.itemsize != header.size:
-        raise UserError(
-            f"{header.path}: truncated or damaged ({header.size} bytes do not hold its {header.samples} samples); {MEND}"
-        )
+        what = f"{header.size} bytes do not hold its {header.samples} samples"
+        raise UserError(f"{header.path}: truncated or damaged ({what}); {MEND}")
 
 
 def read_metadata(header: Header) -> np.ndarray:

@@ -56,28 +56,28 @@ class DeviceLoader(Batching):
         self._labels = torch.from_numpy(source.labels[held]).to(device)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._train() if self.training else self._evaluate()
+        # What set_epoch chose is read here, not at the first batch.
+        first, batches = self.start_batch, self.begin()
+        if not self.training:
+            return self._evaluate(first * self.eval_batch, batches)
+        return self._train(batches, self.key, self.size or self.spec.image_size)
 
     def close(self) -> None:
         """Nothing to stop: the images stay on the device as long as the loader."""
 
-    def _evaluate(self) -> Iterator[Batch]:
-        first = self.start_batch * self.eval_batch  # the images held are this rank's alone, in order
-        for positions in self.begin():
+    def _evaluate(self, first: int, batches: list[np.ndarray]) -> Iterator[Batch]:
+        for positions in batches:  # only this rank's images are held, in order
             part = slice(first, first + len(positions))
             first = part.stop
             yield self._normalise(self._images[part]), self._labels[part].clone()
 
-    def _train(self) -> Iterator[Batch]:
-        spec, size, key = self.spec, self.size or self.spec.image_size, self.key
-        batches = self.begin()
+    def _train(self, batches: list[np.ndarray], key: int, size: int) -> Iterator[Batch]:
         if not batches:
             return
         rows = np.stack(batches)
-        samples = self.indices[rows].reshape(-1)
-        moved = {"rows": rows, **self._draw(key, samples, size, rows.shape)}
+        drawn = {"rows": rows, **self._draw(key, self.indices[rows].reshape(-1), size, rows.shape)}
         # One transfer per epoch: the loop below never waits for the device.
-        on_device = {name: torch.from_numpy(values).to(self.device) for name, values in moved.items()}
+        on_device = {name: torch.from_numpy(values).to(self.device) for name, values in drawn.items()}
         for step in range(len(rows)):
             now = {name: values[step] for name, values in on_device.items()}
             images = self._normalise(self._pixels(now, size))
@@ -90,9 +90,11 @@ class DeviceLoader(Batching):
         spec, drawn = self.spec, {}
         if spec.augment == "crop":
             drawn["offsets"] = augment.crop_offsets(key, samples, self._pad)
+        whole = np.full(len(samples), spec.image_size)
         if spec.augment == "rrc":
-            side = np.full(len(samples), spec.image_size)
-            drawn["boxes"] = augment.rrc_boxes(key, samples, side, side)
+            drawn["boxes"] = augment.rrc_boxes(key, samples, whole, whole)
+        elif size != spec.image_size:
+            drawn["boxes"] = np.stack([0 * whole, 0 * whole, whole, whole], axis=1)
         if spec.flip:
             drawn["flips"] = augment.flips(key, samples)
         if spec.data.cutout:
@@ -101,16 +103,12 @@ class DeviceLoader(Batching):
 
     def _pixels(self, now: dict[str, torch.Tensor], size: int) -> torch.Tensor:
         """The batch's augmented images [B, size, size, 3], before normalisation."""
-        whole = self.spec.image_size
         if "offsets" in now:
-            images = augment.crop(self._images, now["rows"], now["offsets"], whole)
+            images = augment.crop(self._images, now["rows"], now["offsets"], self.spec.image_size)
         else:
             images = self._images[now["rows"]]
         if "boxes" in now:
             images = augment.resized_crop(images, now["boxes"], size)
-        elif size != whole:
-            boxes = torch.tensor([[0, 0, whole, whole]], device=self.device).expand(len(images), 4)
-            images = augment.resized_crop(images, boxes, size)
         return augment.mirror(images, now["flips"]) if "flips" in now else images
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
@@ -124,8 +122,8 @@ def _check_fits(spec: DataSpec, needed: int, device: torch.device) -> None:
     free = free_bytes(device)
     if needed > SHARE * free:
         raise UserError(
-            f"data.loader=device needs {needed / 2**30:.1f} GiB for {spec.name} and {device} has {free / 2**30:.1f} GiB "
-            "free; set data.loader=ffcv or a smaller data.image_size"
+            f"data.loader=device needs {needed / 2**30:.1f} GiB for {spec.name}, {device} has {free / 2**30:.1f} "
+            "GiB free; set data.loader=ffcv or a smaller data.image_size"
         )
 
 
@@ -140,5 +138,7 @@ def free_bytes(device: torch.device) -> int:
     with contextlib.suppress(OSError, ValueError):  # a limit of "max" is no number
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        free = min(free, max(0, limit - used))
+        statistics = (group / "memory.stat").read_text(encoding="ascii").split()
+        cached = int(statistics[statistics.index("inactive_file") + 1])  # given back when memory is short
+        free = min(free, max(0, limit - used + cached))
     return free

@@ -18,7 +18,7 @@ def epoch_order(seed: int, level: int, epoch: int, samples: int) -> np.ndarray:
 class Shard:
     """One rank's part of every global batch.
 
-    batch_size is global: it holds `accumulation` micro-batches of every rank. Raises ValueError when it does not divide.
+    batch_size is global: it holds `accumulation` micro-batches of every rank. Raises ValueError if it does not divide.
     """
 
     rank: int = 0

@@ -37,11 +37,13 @@ class Loader(Protocol):
     every sample once over all ranks, in order; `set_epoch` changes nothing there.
     """
 
-    samples: int
-    """Samples of one epoch over all ranks (train: after dropping the incomplete last global batch)."""
-
     start_batch: int
-    """Batch the next iteration starts at; 0 again after it."""
+    """Batch the next iteration starts at; 0 again once it has begun."""
+
+    @property
+    def samples(self) -> int:
+        """Samples of one epoch over all ranks (train: after dropping the incomplete last global batch)."""
+        ...
 
     def set_epoch(self, level: int, epoch: int, start_batch: int = 0, size: int | None = None) -> None:
         """Choose the order of the next iteration; `size` is the image side of progressive resizing."""

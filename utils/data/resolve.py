@@ -55,7 +55,7 @@ def resolve(data: params.Data) -> DataSpec:
 
 
 def _resolution(trait: int | None, size: int, eval_size: int, eval_ratio: float) -> int:
-    """The longest side worth storing: enough for the training crop and, before its centre crop, the evaluation image."""
+    """The longest side worth storing: enough for training and, before its centre crop, for evaluation."""
     if trait is not None and trait <= SMALL:  # all images of the set have this side
         return trait
     needed = max(size, math.ceil(eval_size / eval_ratio))

@@ -30,7 +30,7 @@ class DataSpec:
     """The section it came from, for what needs no settling (pad, cutout, val, jpeg_quality, ...)."""
 
     def size_at(self, progress: float) -> int | None:
-        """Image side of progressive resizing at `progress` (0 to 1) of training, a multiple of 16; None when it is off."""
+        """Image side of progressive resizing at `progress` (0 to 1) of training, in 16s; None when it is off."""
         first = self.data.progressive_size
         if first is None:
             return None

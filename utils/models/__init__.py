@@ -12,6 +12,7 @@ A new network is one function `(num_classes) -> nn.Module` with one decorator, i
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -19,7 +20,6 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from utils.data.stateless import derive
 from utils.models import pretrained as weights
 from utils.system.errors import UserError
 from utils.system.registry import Registry, nearest
@@ -62,39 +62,46 @@ def build(
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}; a head needs at least one class")
     path = weights.local_file(pretrained)
-    with _drawing_from(derive("initial weights", seed, name, num_classes)):
+    with _drawing_from(f"initial weights of {name}, {num_classes} classes, seed {seed}"):
         network = _construct(name, num_classes, image_size, "" if path else pretrained)
     if path is not None:
         weights.put(network, weights.read(path), str(path))
-        for prefix, home in _ZOOS.items():
-            if name.startswith(prefix):
-                importlib.import_module(home).loaded(network, name.removeprefix(prefix), path.name)
+        zoo, short = _zoo(name)
+        if zoo is not None:
+            zoo.loaded(network, short, path.name)
     if image_size is not None:
         _try(network, name, num_classes, image_size)
     return network.train()
 
 
-def _construct(name: str, num_classes: int, image_size: int | None, tag: str) -> nn.Module:
+def _zoo(name: str) -> tuple[Zoo | None, str]:
+    """The library behind `name` and the name it has there; None for a network registered here."""
     for prefix, home in _ZOOS.items():
         if name.startswith(prefix):
-            zoo: Zoo = importlib.import_module(home)  # type: ignore[assignment]  # imports the library only now
-            return zoo.construct(name.removeprefix(prefix), num_classes, image_size, tag)
+            zoo: Zoo = importlib.import_module(home)
+            return zoo, name.removeprefix(prefix)
+    return None, name
+
+
+def _construct(name: str, num_classes: int, image_size: int | None, tag: str) -> nn.Module:
+    zoo, short = _zoo(name)
+    if zoo is not None:
+        return zoo.construct(short, num_classes, image_size, tag)
     if name not in model:
         known = nearest(name, model.names())
         raise UserError(f"model.name: unknown {name!r}{known} (or torchvision/<name>, timm/<name>)")
     if tag:
-        raise UserError(
-            f"model.pretrained: {name} has no published weights called {tag!r}; give a file or leave it empty"
-        )
+        raise UserError(f"model.pretrained: {name} has no published weights {tag!r}; give a file or leave it empty")
     return model[name](num_classes)
 
 
 @contextlib.contextmanager
-def _drawing_from(seed: int) -> Iterator[None]:
-    """Torch's CPU generator seeded with `seed`, and one thread, for the time of the block.
+def _drawing_from(text: str) -> Iterator[None]:
+    """Torch's CPU generator seeded with a hash of `text`, and one thread, for the time of the block.
 
-    One thread, because where a vectorised fill is cut among threads decides the last bit of some values.
+    One thread, because where a vectorised fill is cut among threads may decide the last bit of a value.
     """
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
@@ -112,8 +119,6 @@ def _try(network: nn.Module, name: str, num_classes: int, size: int) -> None:
         with torch.random.fork_rng(devices=[]):
             out = network.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        raise UserError(
-            f"{name} cannot take {size} px images ({weights.one_line(error)}); set data.image_size"
-        ) from error
+        raise UserError(weights.bad_size(name, size, error)) from error
     if not isinstance(out, torch.Tensor) or out.shape != (1, num_classes):
         raise UserError(f"model.name: {name} is not an image classifier: its output is not one score per class")

@@ -37,8 +37,14 @@ def local_file(pretrained: str) -> Path | None:
 def one_line(error: BaseException, longest: int = 160) -> str:
     """The first line of an error's message, shortened."""
     lines = str(error).strip().splitlines()
-    text = " ".join(lines[0].split()) if lines else type(error).__name__
+    text = " ".join(lines[0].split()) if lines else ""
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def bad_size(name: str, size: int | None, error: BaseException) -> str:
+    """The message for images a network cannot take."""
+    reason = one_line(error) or "its layers do not fit"
+    return f"data.image_size: {name} cannot take {size} px images ({reason}); take another size"
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
@@ -68,9 +74,7 @@ def _state_dict_in(content: Any, path: Path) -> dict[str, torch.Tensor]:
             break
         content = inner
     if not isinstance(content, Mapping) or not content:
-        raise UserError(
-            f"model.pretrained: {path}: holds no state_dict; save one with torch.save(model.state_dict(), path)"
-        )
+        raise UserError(f"model.pretrained: {path}: holds no state_dict; save the model's state_dict alone")
     for key, value in content.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(f"model.pretrained: {path}: {key!r} is no tensor; save the model's state_dict alone")
@@ -88,7 +92,7 @@ def _plain_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def head_names(network: nn.Module) -> list[str]:
     """Parameters of the classifier: what timm says it is, else the last linear or convolution layer."""
     if hasattr(network, "get_classifier"):
-        found = network.get_classifier()
+        found: Any = network.get_classifier()  # type: ignore[operator]
         heads = list(found) if isinstance(found, (tuple, list)) else [found]
     else:
         heads = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1:]
@@ -109,11 +113,9 @@ def put(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> N
     if kept:
         say_new_head(source, state[kept[0]].shape[0], own[kept[0]].shape[0])
         state = {name: tensor for name, tensor in state.items() if name not in kept}
-    required = [
-        name for name in files.state_of(network) if name not in kept and not name.endswith("num_batches_tracked")
-    ]
+    required = [name for name in files.state_of(network) if not name.endswith("num_batches_tracked")]
     _refuse(source, "are not in this model", [name for name in state if name not in own])
-    _refuse(source, "are missing", [name for name in required if name not in state])
+    _refuse(source, "are missing", [name for name in required if name not in state and name not in kept])
     _refuse(
         source,
         "do not fit",

@@ -31,16 +31,14 @@ def construct(name: str, num_classes: int, image_size: int | None, tag: str) -> 
     except Exception as error:  # a download fails in many ways
         reason = pretrained.one_line(error)
         if tag:
-            raise UserError(
-                f"model.pretrained: cannot load {tag!r} of timm/{name} ({reason}); give a local file"
-            ) from error
+            message = f"model.pretrained: cannot load {tag!r} of timm/{name} ({reason}); give a local file"
+            raise UserError(message) from error
         if "img_size" in options:
-            raise UserError(
-                f"timm/{name} cannot take {image_size} px images ({reason}); set data.image_size"
-            ) from error
+            raise UserError(pretrained.bad_size(f"timm/{name}", image_size, error)) from error
         raise
-    if tag and (published := timm.get_pretrained_cfg(full).num_classes) != num_classes:
-        pretrained.say_new_head(f"timm/{name} {tag}", published, num_classes)
+    config = timm.get_pretrained_cfg(full)
+    if tag and config is not None and config.num_classes != num_classes:
+        pretrained.say_new_head(f"timm/{name} {tag}", config.num_classes, num_classes)
     return network
 
 

@@ -34,10 +34,7 @@ def construct(name: str, num_classes: int, image_size: int | None, tag: str) -> 
     try:
         network: nn.Module = models.get_model(name, **options)
     except (AssertionError, ValueError) as error:
-        reason = pretrained.one_line(error)
-        raise UserError(
-            f"torchvision/{name} cannot take {image_size} px images ({reason}); set data.image_size"
-        ) from error
+        raise UserError(pretrained.bad_size(f"torchvision/{name}", image_size, error)) from error
     if tag:
         state = _published(name, tag)
         pretrained.put(network, state, f"torchvision/{name} {tag}")
@@ -79,11 +76,8 @@ def _check(name: str) -> None:
         if name in models.list_models(module=getattr(models, kind)):
             raise UserError(f"model.name: torchvision/{name} is a {kind} model; take an image classifier")
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {', '.join(f'torchvision/{c}' for c in close)}?"
-        if close
-        else "see torchvision.models.list_models()"
-    )
+    near = ", ".join(f"torchvision/{c}" for c in close)
+    hint = f"did you mean {near}?" if close else "see torchvision.models.list_models()"
     raise UserError(f"model.name: unknown torchvision/{name}; {hint}")
 
 
@@ -91,20 +85,18 @@ def _published(name: str, tag: str) -> dict[str, torch.Tensor]:
     from torchvision import models
 
     entries = models.get_model_weights(name)
-    names = sorted(entries.__members__)
+    names = sorted(set(entries.__members__) - {"DEFAULT"})
     wanted = tag.rpartition(".")[2]
     if wanted.lower() == "default":
-        entry = entries.DEFAULT  # type: ignore[attr-defined]
+        entry = entries.DEFAULT
     elif wanted in names:
         entry = entries[wanted]
     else:
-        raise UserError(
-            f"model.pretrained: torchvision/{name} has no weights {tag!r}; known: default, {', '.join(names)}"
-        )
+        known = f"known: default, {', '.join(names)}"
+        raise UserError(f"model.pretrained: torchvision/{name} has no weights {tag!r}; {known}")
     try:
         return dict(entry.get_state_dict(progress=False, check_hash=True))
     except Exception as error:  # URL, socket, hash and pickle errors alike: the weights cannot be had
         reason = pretrained.one_line(error)
-        raise UserError(
-            f"model.pretrained: cannot fetch {tag!r} of torchvision/{name} ({reason}); fetch {entry.url} and give the file"
-        ) from error
+        message = f"model.pretrained: cannot fetch {tag!r} of torchvision/{name} ({reason}); give the file {entry.url}"
+        raise UserError(message) from error

@@ -85,6 +85,7 @@ def _problems(params: Params, plan: bool) -> Iterator[str]:
         yield from _ignored(params, _PLAN_IGNORED)
         yield from _plan(params)
         yield from _rewind(params)
+        yield from _warmup(params)
 
 
 def _changed(key: Key, params: Params) -> bool:
@@ -141,6 +142,26 @@ def _schedule(params: Params) -> Iterator[str]:
             yield f"schedule.milestones: {second} does not come after {first}; list them in rising order, each once"
     if schedule.warmup == Step() and _changed(keys()["schedule.warmup_start"], params):
         yield "schedule.warmup_start: has no effect without schedule.warmup; set both or drop it"
+
+
+def _warmup(params: Params) -> Iterator[str]:
+    """Warm-up and cool-down against the length of the levels, as far as whole epochs tell."""
+    schedule, plan = params.schedule, level_plan(params)
+    scheduled = [level.epochs for level in plan if level.epochs and level.rewind != "none"]
+    shortest = min(scheduled, default=None)
+    if shortest is None:
+        return
+    if schedule.warmup.epochs > shortest:
+        yield f"schedule.warmup={schedule.warmup}: longer than a level of {shortest} epochs; shorten it"
+    for milestone in schedule.milestones:
+        if milestone != schedule.warmup and _not_before(schedule.warmup, milestone):
+            yield f"schedule.milestones: {milestone} lies within schedule.warmup={schedule.warmup}; move one of them"
+    cooling = schedule.cooldown * shortest if schedule.name == "trapezoidal" else 0.0
+    if schedule.warmup.epochs + cooling > shortest * (1 + 1e-9):
+        yield (
+            f"schedule.cooldown={schedule.cooldown:g}: with schedule.warmup={schedule.warmup} longer than a level of "
+            f"{shortest} epochs; shorten one of them"
+        )
 
 
 def _not_before(first: Step, second: Step) -> bool:

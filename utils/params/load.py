@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-import yaml
-
 from utils.params import Params
 from utils.params.catalog import Key, assemble, keys, sections
 from utils.params.checks import check
-from utils.params.parsing import dump, nearest_of, parse, shown
+from utils.params.parsing import nearest_of, parse, shown
 from utils.system.errors import ParamError
 
 
@@ -57,11 +55,6 @@ def known_key(dotted: str, place: str = "", prefix: str = "") -> Key:
     return keys()[dotted]
 
 
-def to_yaml(params: Params) -> str:
-    """All parameters as the text of a config file; read back it builds an equal `Params`."""
-    return yaml.safe_dump(dump(params), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
-
-
 def _walk(mapping: Mapping[str, Any], place: str, above: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in mapping.items():
         if not isinstance(name, str):
@@ -86,16 +79,20 @@ def _settled(key: Key, value: Any, place: str) -> Any:
 
 
 def _nearest_key(dotted: str, prefix: str) -> str:
-    """A hint: the same name in another section, else the nearest dotted name, else the nearest bare one."""
+    """A hint: the same name in other sections, else the nearest dotted name, else the nearest bare one."""
     section, _, name = dotted.rpartition(".")
     homes: dict[str, list[str]] = {}
     for key in keys().values():
         homes.setdefault(key.name, []).append(key.dotted)
-    if name in homes:
-        found: str | None = max(homes[name], key=lambda home: SequenceMatcher(None, home, dotted).ratio())
+    siblings = [known for known in keys() if known.startswith(section + ".")]
+    near = nearest_of(dotted, keys(), 0.8) or nearest_of(dotted, siblings)
+    if name in homes and section not in sections() and not (near and near.endswith(f".{name}")):
+        found = homes[name]
+    elif name in homes:
+        found = [max(homes[name], key=lambda home: SequenceMatcher(None, home, dotted).ratio())]
+    elif near or (near := nearest_of(dotted, keys(), 0.7)):
+        found = [near]
     else:
-        siblings = [known for known in keys() if known.startswith(section + ".")]
-        found = nearest_of(dotted, keys(), 0.75) or nearest_of(dotted, siblings)
-        if found is None and (close := nearest_of(name, homes, 0.7)):
-            found = homes[close][0]
-    return f"; did you mean {prefix + found!r}?" if found else "; --help lists all keys"
+        found = homes.get(nearest_of(name, homes, 0.7) or "", [])
+    words = " or ".join(repr(prefix + known) for known in found)
+    return f"; did you mean {words}?" if words else "; --help lists all keys"

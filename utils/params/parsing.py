@@ -103,8 +103,7 @@ def _accepted(key: Key, plural: bool = False) -> str:
     if meta.choices:
         return "one of " + ", ".join(meta.choices)
     if meta.kind:
-        others = "".join(f" or {prefix}<name>" for prefix in meta.prefixes)
-        return f"a known {meta.kind}{others}"
+        return " or ".join([f"a known {meta.kind}", *(f"{prefix}<name>" for prefix in meta.prefixes)])
     bounds = [(meta.low, ">="), (meta.above, ">"), (meta.high, "<="), (meta.below, "<")]
     limits = " and ".join(f"{sign} {bound:g}" for bound, sign in bounds if bound is not None)
     noun = _NOUNS[key.type][plural]
@@ -170,7 +169,7 @@ def _refusal(key: Key, value: Any, whole: Any, hint: str = "") -> ParamError:
     wanted = _accepted(key)
     if not key.sequence and key.optional:
         wanted = f"{key.meta.empty} or {wanted}"
-    return ParamError(f"{key.dotted}: {shown(value)}{where} is not {wanted}{hint}")
+    return ParamError(f"{key.dotted}: expected {wanted}, not {shown(value)}{where}{hint}")
 
 
 def _read_bool(value: Any) -> bool:

@@ -6,13 +6,25 @@ masks = prune(model, density=0.1, criterion="magnitude", allocation="erk")
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
     from utils.masks import Masks
     from utils.pruning.criteria import Batches, Loss
+    from utils.pruning.harness import Pruned, PruningHarness, Round
+
+__all__ = ["Pruned", "PruningHarness", "Round", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: the package itself must import without torch, so that a wrong config is refused at once.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from utils.pruning import harness
+
+    return getattr(harness, name)
 
 
 def prune(
@@ -34,7 +46,6 @@ def prune(
     layer_densities: `glob=density` entries that fix layers; the first match holds, the rest share what is left.
     batches, loss: what the criterion reads, where it reads data. Raises UserError for requests that cannot be met.
     """
-    # Imported here: the package itself must load without torch, so that a wrong config is refused at once.
     from utils.params.pruning import Pruning
     from utils.pruning.harness import PruningHarness
 

@@ -40,14 +40,14 @@ class PruningHarness:
     """Prunes models as a `pruning` section says.
 
     seed: of random scores and of the order of ties; the same seed gives the same masks on every rank.
-    loss: what gradient criteria differentiate; mean cross-entropy by default.
+    loss: what gradient criteria differentiate, `(model, batch) -> scalar`; mean cross-entropy by default.
     Raises UserError for an unknown criterion or allocation and for malformed layer densities.
     """
 
     def __init__(self, pruning: Pruning, *, seed: int, loss: Loss | None = None) -> None:
         self.pruning = pruning
         self.seed = seed
-        self.loss: Loss = loss or functional.cross_entropy
+        self.loss: Loss = loss or cross_entropy
         self._criterion = criterion.entry(pruning.criterion)
         check_traits(self._criterion.name, self._criterion.traits)
         self._allocate = allocation[pruning.allocation]
@@ -119,6 +119,12 @@ class PruningHarness:
         taken = sum(pool.keep for pool in pools)
         _check_room(keep, taken, sum(layer.alive for layer in free), sum(layer.size for layer in layers))
         return pools + list(self._allocate(free, keep - taken))
+
+
+def cross_entropy(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy of `model` on a batch of (images, labels)."""
+    images, labels = batch
+    return functional.cross_entropy(model(images), labels)
 
 
 def _fixed_pool(layer: Layer, density: float) -> Pool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from utils.params import Params
-from utils.params.field import meta_of
+from utils.params import catalog
 from utils.reporting.columns import COLUMNS
 from utils.reporting.rows import Row, read_rows
 from utils.system.errors import UserError
@@ -93,7 +91,11 @@ def experiments(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     Runs whose configs differ in seeds alone, or in parameters that are not part of a run's identity, are one
     experiment. The label is run.name, with the values that tell experiments of the same name apart.
     """
-    ignored = {"run.seed", "data.order_seed", *_not_hashed()}
+    ignored = {
+        "run.seed",
+        "data.order_seed",
+        *(dotted for dotted, key in catalog.keys().items() if not key.meta.hashed),
+    }
     keys = [name for name in frame.columns if "." in name and name not in ignored]
     groups: dict[tuple[str, ...], list[int]] = {}
     for position, (_, row) in enumerate(frame.iterrows()):
@@ -113,16 +115,6 @@ def _identity(row: pd.Series, keys: list[str]) -> tuple[str, ...]:
 
 def _absent(value: Any) -> bool:
     return value is None or value != value
-
-
-def _not_hashed() -> set[str]:
-    params = Params()
-    return {
-        f"{section.name}.{field.name}"
-        for section in dataclasses.fields(params)
-        for field in dataclasses.fields(getattr(params, section.name))
-        if not meta_of(field).hashed
-    }
 
 
 def _labels(identities: list[tuple[str, ...]], keys: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ import datetime
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +37,9 @@ def world() -> World:
     env = os.environ
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return World()
-    return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1)))
+    return World(
+        int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    )
 
 
 def choose_device(choice: str, place: World) -> torch.device:
@@ -115,6 +118,11 @@ def from_main(make: Callable[[], T]) -> T:
         raise box[1]
     value: T = box[0]
     return value
+
+
+def exists(path: Path) -> bool:
+    """Whether rank 0 sees `path`: it looks for all, so that no rank takes another way than the rest."""
+    return from_main(path.exists)
 
 
 def barrier() -> None:

@@ -15,7 +15,17 @@ import torch
 
 from utils.system.distributed import World
 
-PACKAGES = ("torch", "torchvision", "timm", "ffcv", "fastargs", "numba", "numpy", "safetensors", "opencv-python-headless")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "ffcv",
+    "fastargs",
+    "numba",
+    "numpy",
+    "safetensors",
+    "opencv-python-headless",
+)
 
 
 def describe(world: World, device: torch.device) -> dict[str, Any]:
@@ -61,4 +71,6 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -34,7 +34,7 @@ class Extension:
         """Called before the forward pass of the step."""
 
     def after_step(self, step: int) -> None:
-        """Called after the optimizer's step; gradients are gone by then."""
+        """Called after the optimizer's step."""
 
     def epoch_end(self, epoch: int) -> dict[str, float]:
         """Called after the epoch's last step; returns columns for its row (none by default)."""

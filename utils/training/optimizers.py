@@ -104,7 +104,8 @@ def decayed_names(model: nn.Module) -> set[str]:
     lists in `no_weight_decay()` (timm's convention).
     """
     model = bare(model)
-    spared = set(model.no_weight_decay()) if callable(getattr(model, "no_weight_decay", None)) else set()
+    own_list: Any = getattr(model, "no_weight_decay", None)
+    spared: set[str] = set(own_list()) if callable(own_list) else set()
     found: set[str] = set()
     for prefix, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):
@@ -145,7 +146,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
     """Put back what `optimizer_state` returned, exactly, in the strides and on the devices the optimizer would use.
 
-    Parameters without an entry are left without state. Raises UserError when it belongs to another model or optimizer.
+    Parameters without an entry start afresh. Raises UserError when it belongs to another model or optimizer.
     """
     owned = dict(_own_parameters(model, optimizer))
     by_name: dict[str, dict[str, Tensor]] = {}
@@ -156,7 +157,9 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
         _check_state(optimizer, owned, name, values)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, p in owned.items():
-        optimizer.state.pop(p, None)
+        for value in optimizer.state.get(p, {}).values():
+            if isinstance(value, Tensor):
+                value.zero_()
         for key, value in by_name.get(name, {}).items():
             optimizer.state[p][key] = _placed(p, key, value, groups[id(p)])
 
@@ -187,7 +190,7 @@ def _check_state(
 
 
 def _own_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
-    """The optimizer's parameters with their bare names, in model order. Raises ValueError when one is not the model's."""
+    """The optimizer's parameters with their bare names, in model order; ValueError when one is not the model's."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     named = [(name, p) for name, p in bare(model).named_parameters() if id(p) in held]
     if len(named) != len(held):

@@ -42,9 +42,9 @@ def wrap(model: nn.Module, section: params.Distributed, device: torch.device, co
 def warm(wrapped: nn.Module, bare: nn.Module, backward: Callable[[nn.Module], None], world: World) -> None:
     """Let DDP settle its gradient buckets: one dummy forward and backward that leaves no trace.
 
-    DDP reorders its buckets after its first backward pass, which changes the order of sums on three or more ranks. Done
-    here, every optimizer step of a fresh process adds as the steps of one that has run for days. Buffers, gradients, RNG
-    and training mode are as before.
+    DDP reorders its buckets after its first backward pass, which changes the order of sums on three or more ranks.
+    Done here, every optimizer step of a fresh process adds as the steps of one that has run for days. Buffers,
+    gradients, RNG and training mode are as before.
     """
     if world.size == 1 or not active():
         return

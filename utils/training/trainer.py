@@ -138,7 +138,7 @@ class Trainer:
         for number, batch in enumerate(batches):
             last = (number + 1) % accumulation == 0
             if number % accumulation == 0:
-                sparsity.dense_gradients(any([e.needs_dense_grad(step) for e in extensions]))
+                sparsity.dense_gradients(any(e.needs_dense_grad(step) for e in extensions))
                 for extension in extensions:
                     extension.before_step(step)
             self._backward(batch, totals, derive("mix", self.seed, stage.level, step, number, self.world.rank), last)
@@ -219,8 +219,8 @@ class Trainer:
         # The sum keeps a NaN or an infinity, so a look now and then misses none.
         if not math.isfinite(float(totals[0])):
             raise UserError(
-                f"level {stage.level}, step {step}, rank {self.world.rank}: the loss became {float(totals[0])} at learning "
-                f"rate {stage.lr(step - 1):g}; lower optimizer.lr, add schedule.warmup or training.clip"
+                f"level {stage.level}, step {step}, rank {self.world.rank}: the loss became {float(totals[0])} at "
+                f"learning rate {stage.lr(step - 1):g}; lower optimizer.lr, add schedule.warmup or training.clip"
             )
 
     def _mark(self, stage: Stage, step: int) -> None:

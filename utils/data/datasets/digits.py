@@ -30,7 +30,7 @@ SPLIT_SEED = 0
     eval_ratio=1.0,
 )
 def digits(directory: Path, split: str, download: bool) -> Source:
-    """Handwritten digits bundled with scikit-learn: 1,438 training and 359 test images, 8 px shown at 16 px, 10 classes.
+    """scikit-learn's handwritten digits: 1,438 training and 359 test images, 8 px shown at 16 px, 10 classes.
 
     Grey levels 0 to 16 become 0 to 255, upscaled by Pillow's bicubic filter; the test images are a stratified fifth,
     the same for every run. `directory` and `download` are not used.

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def downloading(directory: Path, name: str) -> Iterator[None]:
-    """Hold the folder's download lock; network and disk errors become one UserError, torchvision's prints go to stderr."""
+    """Hold the folder's download lock; network and disk errors become one UserError, prints go to stderr."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(str(directory / ".download.lock")), contextlib.redirect_stdout(sys.stderr):
@@ -47,7 +47,7 @@ def fetched(read: Callable[[bool], T], directory: Path, name: str, download: boo
 
 
 def fetch_folder(get: Callable[[Path], object], directory: Path, folder: str, name: str) -> None:
-    """Make `<directory>/<folder>` by `get(place)`, which leaves it at `place/<folder>`; an interrupted one leaves nothing."""
+    """Make `<directory>/<folder>` by `get(place)`, which makes `place/<folder>`; when interrupted there is none."""
     with downloading(directory, name):
         if (directory / folder).exists():  # another process was quicker
             return

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from utils.data.datasets import dataset
 from utils.data.datasets.fetch import fetch_folder
-from utils.data.datasets.sources import FileSource, class_folders, class_names, image_files, labelled_folders
+from utils.data.datasets.sources import (
+    FileSource,
+    check_count,
+    class_folders,
+    class_names,
+    image_files,
+    labelled_folders,
+)
 from utils.data.protocol import Source
 from utils.system.errors import UserError
 
@@ -90,16 +97,16 @@ def imagewoof(directory: Path, split: str, download: bool) -> Source:
     eval_ratio=1.0,
 )
 def tiny_imagenet(directory: Path, split: str, download: bool) -> Source:
-    """Tiny ImageNet: 100,000 training and 10,000 validation images of 64 px, 200 classes; as distributed, or folders."""
+    """Tiny ImageNet: 100,000 training and 10,000 validation images of 64 px, 200 classes."""
     place = _find(directory, ("tiny-imagenet-200",))
     if place is None:
-        raise _missing(directory, "the unpacked tiny-imagenet-200.zip (tiny-imagenet-200/) or class folders train/ and val/")
+        what = "the unpacked tiny-imagenet-200.zip (tiny-imagenet-200/) or class folders train/ and val/"
+        raise _missing(directory, what)
     annotations = place / "val" / "val_annotations.txt"
     if not annotations.is_file():
         return class_folders(place, split, 200, ("val", "test"))
     classes = class_names(place)
-    if len(classes) != 200:
-        raise UserError(f"{place / 'train'} holds {len(classes)} classes instead of 200; for other classes set data.name=folder")
+    check_count(place / "train", classes, 200)
     return labelled_folders(place / "train", classes) if split == "train" else _annotated(annotations, classes)
 
 
@@ -111,7 +118,7 @@ def _annotated(annotations: Path, classes: list[str]) -> FileSource:
     for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
         words = line.split("\t")
         if len(words) < 2 or words[1] not in label_of:
-            raise UserError(f"{annotations}, line {number}: expected a file name, a tab and a class of train/; unpack it anew")
+            raise UserError(f"{annotations}, line {number}: not a file name, a tab and a class; unpack it anew")
         labels[words[0]] = label_of[words[1]]
     files = image_files(folder)
     if files != sorted(labels):
@@ -122,7 +129,8 @@ def _annotated(annotations: Path, classes: list[str]) -> FileSource:
 
 def _find(directory: Path, names: Sequence[str]) -> Path | None:
     """The first of `directory` and its folders `names` that holds a folder `train`."""
-    return next((place for place in (directory, *(directory / name for name in names)) if (place / "train").is_dir()), None)
+    places = [directory, *(directory / name for name in names)]
+    return next((place for place in places if (place / "train").is_dir()), None)
 
 
 def _missing(directory: Path, what: str) -> UserError:

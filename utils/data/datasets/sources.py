@@ -17,13 +17,15 @@ from utils.system.errors import UserError
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Endings of image files, lower case; other files are ignored."""
 
+Labels = Sequence[int] | np.ndarray
+
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class FileSource:
     """Images that lie in files under one folder. `files` are paths relative to it, labels[i] the class of files[i]."""
 
-    def __init__(self, folder: Path, files: Sequence[str], labels: Sequence[int] | np.ndarray, classes: list[str]) -> None:
+    def __init__(self, folder: Path, files: Sequence[str], labels: Labels, classes: list[str]) -> None:
         self.folder = folder
         self.labels = np.asarray(labels, dtype=np.int64)
         self.classes = classes
@@ -66,9 +68,9 @@ class FileSource:
 class ArraySource:
     """Images held in one uint8 array [N, H, W, 3]."""
 
-    def __init__(self, images: np.ndarray, labels: Sequence[int] | np.ndarray, classes: list[str]) -> None:
+    def __init__(self, images: np.ndarray, labels: Labels, classes: list[str]) -> None:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
-            raise ValueError(f"expected uint8 [N, H, W, 3] and N labels, got {images.dtype} {images.shape}, {len(labels)}")
+            raise ValueError(f"not uint8 [N, H, W, 3] and N labels: {images.dtype} {images.shape}, {len(labels)}")
         self.images = np.ascontiguousarray(images)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.classes = classes
@@ -84,7 +86,7 @@ class ArraySource:
     def _digest(self) -> str:
         digest = _digest_of(self.classes, self.labels)
         digest.update(repr(self.images.shape).encode())
-        digest.update(self.images)
+        digest.update(self.images.data)
         return digest.hexdigest()
 
     def digest(self) -> str:
@@ -120,9 +122,15 @@ def class_folders(
         odd = min(set(names) ^ set(others))
         where = train if odd in names else test
         raise UserError(f"{train} and {test} differ in classes: {odd!r} is only in {where}; give both the same folders")
-    if classes is not None and len(names) != classes:
-        raise UserError(f"{train} holds {len(names)} classes instead of {classes}; for other classes set data.name=folder")
+    if classes is not None:
+        check_count(train, names, classes)
     return labelled_folders(train if split == "train" else test, names)
+
+
+def check_count(train: Path, names: list[str], classes: int) -> None:
+    """Raise UserError unless the class folders `names` of `train` are `classes` in number."""
+    if len(names) != classes:
+        raise UserError(f"{train} holds {len(names)} classes, not {classes}; for other classes set data.name=folder")
 
 
 def labelled_folders(folder: Path, classes: list[str]) -> FileSource:
@@ -163,7 +171,7 @@ def _class_names(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_dir())
     except OSError as error:
-        raise UserError(f"cannot list {folder} ({one_line(error)}); put one folder of images per class there") from error
+        raise UserError(f"cannot list {folder} ({one_line(error)}); put one folder per class there") from error
     if not names:
         raise UserError(f"{folder} holds no class folders; put one folder of images per class there")
     return names

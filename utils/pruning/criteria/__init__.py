@@ -5,7 +5,7 @@ A criterion is a function `(model, masks, batches, loss, *, generator) -> Scores
     model       the bare model with its unmasked weights
     masks       the weights that still live; scores of pruned places are never looked at
     batches     pairs (images, labels) of the training split, each pass over it gives the same batches
-    loss        (logits, labels) -> scalar; mean cross-entropy unless the task has another
+    loss        (model, batch) -> scalar with graph; mean cross-entropy unless the task has another
     generator   CPU generator; the same on every rank. Draw per layer from `layer_generator`, so that no layer's
                 numbers depend on which other layers there are
 
@@ -36,9 +36,9 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Loss(Protocol):
-    """Mean loss of a batch."""
+    """Mean loss of the model on one batch: 0-dim, with graph."""
 
-    def __call__(self, logits: Tensor, labels: Tensor, /) -> Tensor: ...
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor], /) -> Tensor: ...
 
 
 class Criterion(Protocol):

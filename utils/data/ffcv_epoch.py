@@ -1,0 +1,223 @@
+"""One pass over a list of batches: a thread runs FFCV's compiled pipeline ahead of the reader, and always ends.
+
+FFCV's own iterator waits for ever when its pipeline raises, leaves its thread and buffers behind when it is not read to
+the end, and may write into pinned memory that a GPU copy still reads. Here buffers are handed back and forth: the
+thread fills free slots, the reader frees a slot once its batch is copied out, an error travels to the reader like a
+batch, and `close` ends thread and page readers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from utils.data.ffcv_import import Loader, ProcessCacheManager, kept_torch_threads
+from utils.data.ffcv_ops import COLUMNS, FAILED, PlannedDecoder
+from utils.system.errors import UserError
+
+SLOTS = 4
+"""Batches that exist at a time: the one being read and those made ahead of it."""
+
+POLL_SECONDS = 2.0
+"""How often a waiting reader looks whether anything still works for it."""
+
+CLOSE_SECONDS = 30.0
+"""How long `close` waits for the batch in hand."""
+
+_compiled = threading.Lock()
+"""Held while compiled code runs on several threads: not all of numba's threading layers allow two such calls at once."""
+
+
+@dataclass
+class Job:
+    """What an epoch does.
+
+    batches        sample indices of each batch, int64
+    plan           (sample indices [B]) -> plan rows [B, COLUMNS]; called in the thread
+    pad            padding the shifts of the plan refer to; below 0: none
+    canvas         side of the image that is shifted; 0 where nothing is
+    largest        bytes of the largest decoded JPEG
+    """
+
+    batches: list[np.ndarray]
+    plan: Callable[[np.ndarray], np.ndarray]
+    pad: int = -1
+    canvas: int = 0
+    largest: int = 0
+
+
+@dataclass
+class Slot:
+    """Buffers of one batch, and on a GPU the stream that copies it and the events both sides wait for."""
+
+    memory: dict[str, dict[int, Any]]
+    plan: np.ndarray
+    stream: torch.cuda.Stream | None = None
+    copied: torch.cuda.Event | None = None
+    read: torch.cuda.Event | None = None
+    outputs: tuple[torch.Tensor, ...] = field(default=())
+
+
+class EpochReader:
+    """Iterate once: (images uint8 [B, S, S, 3], labels int64 [B, 1]) per batch, on the device, valid until the next one.
+
+    Raises, at the batch where it happened, whatever the pipeline raised: UserError for an image that cannot be decoded.
+    """
+
+    def __init__(self, loader: Loader, decoder: PlannedDecoder, job: Job, device: torch.device, workers: int) -> None:
+        self.loader, self.job, self.device, self.workers = loader, job, device, workers
+        self._decoder_node = next(node.id for node in loader.graph.nodes if getattr(node, "decoder", None) is decoder)
+        scratch = max(1, job.largest), max(1, job.canvas)
+        self._scratch = (
+            np.empty((workers, scratch[0]), np.uint8),
+            np.empty((workers, scratch[1], scratch[1], 3), np.uint8),
+            np.empty((workers, scratch[1], scratch[1], 3), np.uint8),
+        )
+        self._free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Slot | BaseException | None] = queue.SimpleQueue()
+        self._slots = list(self._make_slots())
+        for slot in self._slots:
+            self._free.put(slot)
+        self._stop = threading.Event()
+        self._context = loader.memory_manager.schedule_epoch(job.batches)
+        self._context.__enter__()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="sieve-ffcv", daemon=True)
+        self._thread.start()
+
+    def _make_slots(self) -> Iterator[Slot]:
+        rows = max(len(batch) for batch in self.job.batches)
+        with kept_torch_threads():
+            memory = self.loader.graph.allocate_memory(rows, SLOTS)
+        for place in range(SLOTS):
+            own = {
+                kind: {node: _part(buffer, place) for node, buffer in buffers.items()}
+                for kind, buffers in memory.items()
+            }
+            slot = Slot(own, np.zeros((rows, COLUMNS), np.int64))
+            if self.device.type == "cuda":
+                slot.stream = torch.cuda.Stream(self.device)
+                # The memory may have been freed a moment ago by work that is still to run on the reader's stream.
+                slot.read = torch.cuda.current_stream(self.device).record_event()
+            yield slot
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        while True:
+            got = self._wait()
+            if got is None:
+                return
+            if isinstance(got, BaseException):
+                raise got
+            if got.stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(got.stream)
+            yield got.outputs
+            got.outputs = ()
+            if got.stream is not None:
+                # Whatever the reader launched on this batch comes before the next copy into its buffers.
+                got.read = torch.cuda.current_stream(self.device).record_event()
+            self._free.put(got)
+
+    def _wait(self) -> Slot | BaseException | None:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._ready.get(timeout=POLL_SECONDS)
+            if not self._thread.is_alive() and self._ready.empty():
+                raise RuntimeError(f"{self.loader.fname}: the reading thread ended without a word")
+            if any(not reader.is_alive() for reader in self._page_readers()):
+                raise RuntimeError(f"{self.loader.fname}: a page reader died (is the file still there?); see above")
+
+    def _page_readers(self) -> list[threading.Thread]:
+        executor = getattr(self._context, "executor", None)
+        return list(getattr(executor, "threads", ()))
+
+    def _run(self) -> None:
+        try:
+            numba.set_num_threads(self.workers)
+            for number, batch in enumerate(self.job.batches):
+                slot = self._free.get()
+                if slot is None or self._stop.is_set():
+                    return
+                self._fill(slot, number, batch)
+                self._ready.put(slot)
+            self._ready.put(None)
+        except BaseException as error:  # handed to the reader, who raises it
+            self._ready.put(error)
+
+    def _fill(self, slot: Slot, number: int, batch: np.ndarray) -> None:
+        self._context.start_batch(number)
+        if slot.copied is not None:
+            slot.copied.synchronize()  # the copy to the GPU still reads the buffers we are about to fill
+        count = len(batch)
+        slot.plan[:count] = self.job.plan(batch)
+        arguments: dict[str, Any] = {
+            "batch_indices": batch,
+            "storage_state": self._context.state,
+            "metadata": self.loader.reader.metadata,
+        }
+        for kind, prefix in (("operation", "memory"), ("shared", "shared_memory")):
+            for node, buffer in slot.memory.get(kind, {}).items():
+                arguments[f"{prefix}_{node}"] = None if buffer is None else buffer[:count]
+        out = arguments[f"memory_{self._decoder_node}"]
+        arguments[f"memory_{self._decoder_node}"] = (out, slot.plan[:count], self.job.pad, *self._scratch)
+        slot.outputs = self._through_stages(slot, arguments)
+        failed = np.flatnonzero(slot.plan[:count, FAILED])
+        if len(failed):
+            sample = int(batch[failed[0]])
+            raise UserError(f"{self.loader.fname}: image {sample} is damaged; delete the file to have it written again")
+
+    def _through_stages(self, slot: Slot, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        stages, outputs = self.loader.code
+        guard: Any = torch.cuda.stream(slot.stream) if slot.stream is not None else contextlib.nullcontext()
+        with guard:
+            if slot.stream is not None and slot.read is not None:
+                slot.stream.wait_event(slot.read)
+            for place, (stage, defined) in enumerate(stages):
+                # Even stages are compiled, odd ones are torch's.
+                with _compiled if place % 2 == 0 and self.workers > 1 else contextlib.nullcontext():
+                    results = stage(**arguments)
+                arguments.update({f"result_{node}": result for node, result in zip(defined, results, strict=True)})
+            if slot.stream is not None:
+                slot.copied = slot.stream.record_event()
+        return tuple(arguments[f"result_{node}"] for node in outputs)
+
+    def close(self) -> None:
+        """End the thread after the batch in hand, and the page readers; give the buffers back. Does nothing twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stop.set()
+        self._free.put(None)
+        readers = self._page_readers()
+        if not all(reader.is_alive() for reader in readers):
+            for page in self._context.schedule.page_to_slot:  # the thread may wait for pages that nobody will read
+                self._context.executor.loaded_queue.put(page)
+        self._thread.join(CLOSE_SECONDS)
+        self._context.__exit__(None, None, None)
+        for reader in readers:
+            reader.join(CLOSE_SECONDS)
+        for slot in self._slots:
+            if slot.stream is not None:
+                slot.stream.synchronize()  # memory goes back to torch's pools only when no copy uses it
+        self._slots = []
+
+
+def _part(buffer: Any, place: int) -> Any:
+    """The part of FFCV's buffers (one array, a list of tensors, or a tuple of those) that belongs to a slot."""
+    if buffer is None:
+        return None
+    if isinstance(buffer, tuple):
+        return tuple(_part(one, place) for one in buffer)
+    return buffer[place]
+
+
+def is_mapped(loader: Loader) -> bool:
+    """Whether the loader reads through the page cache of the system."""
+    return not isinstance(loader.memory_manager, ProcessCacheManager)

@@ -1,0 +1,177 @@
+"""Loader `ffcv`: images from a .beton file, decoded and augmented by compiled code, normalised on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+
+from utils.data import augment
+from utils.data.batching import Batching
+from utils.data.beton import allowed_cpus
+from utils.data.beton_format import JPG
+from utils.data.ffcv_epoch import EpochReader, Job
+from utils.data.ffcv_import import IntDecoder, Loader, OrderOption, ToDevice, ToTensor, kept_torch_threads
+from utils.data.ffcv_ops import BOX_Y, COLUMNS, MIRROR, SHIFT_Y, PlannedDecoder
+from utils.data.order import Shard
+from utils.data.protocol import Batch
+from utils.data.spec import DataSpec
+from utils.system.errors import UserError
+
+
+class FFCVLoader(Batching):
+    """A `Loader` of the images of one .beton file.
+
+    Order, boxes, shifts and mirrors are `Batching`'s and `augment`'s; only the filters of JPEG and resizing are FFCV's
+    own (OpenCV, by pixel areas). Pixels stay bytes until they are on the device. Raises UserError for a batch size no
+    epoch can fill, and, while iterating, for an image that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        beton: Path,
+        indices: np.ndarray,
+        shard: Shard,
+        device: torch.device,
+        *,
+        training: bool,
+        order_seed: int,
+        channels_last: bool,
+        workers: int,
+        eval_batch: int,
+    ) -> None:
+        super().__init__(indices, shard, training=training, order_seed=order_seed, eval_batch=eval_batch)
+        self.spec, self.device, self.channels_last = spec, device, channels_last
+        self.workers = max(1, min(workers, allowed_cpus(), numba.config.NUMBA_NUM_THREADS))
+        self._mean = torch.tensor(spec.mean, dtype=torch.float32, device=device)
+        self._std = torch.tensor(spec.std, dtype=torch.float32, device=device)
+        self._decoder = PlannedDecoder(self._side(), parallel=self.workers > 1, mapped=spec.data.os_cache)
+        self._loader = _ffcv_loader(beton, self._decoder, device, self.workers, spec.data.os_cache)
+        reader = self._loader.reader
+        if len(self.indices) and self.indices.max() >= reader.num_samples:
+            raise UserError(f"{beton}: holds {reader.num_samples} samples, image {self.indices.max()} is asked for")
+        images = reader.metadata[f"f{self._loader.field_name_to_f_ix['image']}"]
+        self._heights, self._widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
+        packed = self.indices[images["mode"][self.indices] == JPG]
+        self._largest = int((3 * self._heights[packed] * self._widths[packed]).max(initial=0))
+        self._readers: set[EpochReader] = set()
+
+    def __iter__(self) -> Iterator[Batch]:
+        # What set_epoch chose is read here, not at the first batch.
+        batches = [np.ascontiguousarray(self.indices[positions]) for positions in self.begin()]
+        return self._read(batches, self.key, self._side())
+
+    def close(self) -> None:
+        """End every iteration that is still open."""
+        for reader in list(self._readers):
+            reader.close()
+        self._readers.clear()
+
+    def _side(self) -> int:
+        return (self.size or self.spec.image_size) if self.training else self.spec.eval_size
+
+    def _read(self, batches: list[np.ndarray], key: int, side: int) -> Iterator[Batch]:
+        if not batches:
+            return
+        self._decoder.side = side
+        reader = EpochReader(self._loader, self._decoder, self._job(batches, key), self.device, self.workers)
+        self._readers.add(reader)
+        try:
+            corners, cutout = self._corners(batches, key, side)
+            for step, (pixels, labels) in enumerate(reader):
+                images = augment.normalise(pixels, self._mean, self._std, self.channels_last)
+                if corners is not None:
+                    augment.erase(images, corners[step], cutout)
+                yield images, labels.reshape(-1).clone()
+        finally:
+            reader.close()
+            self._readers.discard(reader)
+
+    def _corners(self, batches: list[np.ndarray], key: int, side: int) -> tuple[torch.Tensor | None, int]:
+        """Cutout's corners of every batch on the device [batches, B, 2], and its side."""
+        if not (self.training and self.spec.data.cutout):
+            return None, 0
+        cutout = augment.cutout_side(self.spec.data.cutout, self.spec.image_size, side)
+        corners = augment.cutout_corners(key, np.concatenate(batches), side, cutout)
+        return torch.from_numpy(corners).to(self.device).reshape(len(batches), -1, 2), cutout
+
+    def _job(self, batches: list[np.ndarray], key: int) -> Job:
+        spec = self.spec
+        shifted = self.training and spec.augment == "crop"
+
+        def plan(samples: np.ndarray) -> np.ndarray:
+            rows = np.zeros((len(samples), COLUMNS), np.int64)
+            heights, widths = self._heights[samples], self._widths[samples]
+            if self.training and spec.augment == "rrc":
+                rows[:, BOX_Y : BOX_Y + 4] = augment.rrc_boxes(key, samples, heights, widths)
+            else:
+                ratio = 1.0 if self.training else spec.eval_ratio
+                rows[:, BOX_Y : BOX_Y + 4] = centre_boxes(heights, widths, ratio)
+            if shifted:
+                rows[:, SHIFT_Y : SHIFT_Y + 2] = augment.crop_offsets(key, samples, spec.data.pad)
+            if self.training and spec.flip:
+                rows[:, MIRROR] = augment.flips(key, samples)
+            return rows
+
+        pad, canvas = (spec.data.pad, spec.image_size) if shifted else (-1, 0)
+        return Job(batches, plan, pad, canvas, self._largest)
+
+
+def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.ndarray:
+    """Centre squares (y, x, side, side), int(ratio * shorter side) wide, of images of the given sizes: int64 [n, 4]."""
+    sides = np.maximum(1, (ratio * np.minimum(heights, widths)).astype(np.int64))
+    return np.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], axis=1)
+
+
+def _ffcv_loader(beton: Path, decoder: PlannedDecoder, device: torch.device, workers: int, os_cache: bool) -> Loader:
+    """FFCV's loader of a file: reader, memory manager and compiled pipeline. Its own order and iterator are not used."""
+    on_device = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
+    pipelines = {"image": [decoder, ToTensor(), *on_device], "label": [IntDecoder(), ToTensor(), *on_device]}
+    with kept_torch_threads():
+        return Loader(
+            str(beton),
+            batch_size=1,
+            num_workers=workers,
+            os_cache=os_cache,
+            order=OrderOption.SEQUENTIAL,
+            distributed=False,
+            seed=0,
+            pipelines=pipelines,
+            drop_last=False,
+        )
+
+
+def make(
+    spec: DataSpec,
+    beton: Path,
+    indices: np.ndarray,
+    shard: Shard,
+    device: torch.device,
+    *,
+    training: bool,
+    order_seed: int,
+    channels_last: bool,
+    workers: int,
+    eval_batch_size: int,
+) -> FFCVLoader:
+    """A loader of samples `indices` of a .beton file; built once per split, its code is compiled at its first batch."""
+    if training and shard.steps(len(indices)) == 0:
+        raise UserError(
+            f"training.batch_size={shard.batch_size} is more than the {len(indices)} training images; lower it"
+        )
+    return FFCVLoader(
+        spec,
+        beton,
+        indices,
+        shard,
+        device,
+        training=training,
+        order_seed=order_seed,
+        channels_last=channels_last,
+        workers=workers,
+        eval_batch=eval_batch_size,
+    )
