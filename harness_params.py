@@ -157,9 +157,8 @@ def _take_apart(argv: list[str], options: Mapping[str, str]) -> Command:
 def _known(name: str, options: Mapping[str, str]) -> None:
     if name in ("config", *options):
         return
-    if "." not in name and (
-        hint := did_you_mean(f"--{name}", ["--config", "--help", *(f"--{o}" for o in options)], 0.75)
-    ):
+    own = ["--config", "--help", *(f"--{option}" for option in options)]
+    if "." not in name and (hint := did_you_mean(f"--{name}", own, cutoff=0.75)):
         raise ParamError(f"unknown option '--{name}'{hint}")
     known_key(name, prefix="--")
 

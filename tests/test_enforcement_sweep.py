@@ -166,7 +166,7 @@ def weights_to_prune(network: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for prefix, module in network.named_modules():
         names = []
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)):
             names = ["weight"]
         elif isinstance(module, nn.MultiheadAttention):
             names = ["in_proj_weight"]

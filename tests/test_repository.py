@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SKIPPED = {".git", "runs", "data", "betons", "build", "__pycache__"}
+SKIPPED = {".git", ".hypothesis", ".coverage", "runs", "data", "betons", "build", "__pycache__"}
 
 FLOORS = {
     "params": 0, "system": 0,

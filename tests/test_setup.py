@@ -35,7 +35,8 @@ COMMANDS = {
     "sudo": '#!/bin/bash\n[ -e "$STATE/sudo" ] || exit 1\nshift\n"$@"\n',
     "g++": "#!/bin/bash\n",
     "apt-cache": "#!/bin/bash\n[[ \"$*\" == *turbojpeg0* ]] && [ -e \"$STATE/old-ubuntu\" ] && exit 1\nexit 0\n",
-    "apt-get": '#!/bin/bash\necho "apt-get ${*:4}" >>"$STATE/calls"\n[[ "$*" != *install* ]] || touch "$STATE/packages"\n',
+    "apt-get": '#!/bin/bash\necho "apt-get ${*:4}" >>"$STATE/calls"\n'
+    '[[ "$*" != *install* ]] || touch "$STATE/packages"\n',
     "pkg-config": '#!/bin/bash\n[ -e "$STATE/packages" ]\n',
 }  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -217,7 +219,9 @@ def test_compiled_model_stays_inside_without_recompiling_over_mask_changes() -> 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     held = attach(model, optimizer, masks)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
     train(compiled, optimizer, 3)
     count = counter.frame_count
@@ -225,3 +229,17 @@ def test_compiled_model_stays_inside_without_recompiling_over_mask_changes() -> 
     train(compiled, optimizer, 3)
     assert counter.frame_count == count >= 1
     assert_inside(model, optimizer, held.masks)
+
+
+def test_a_model_is_freed_when_nothing_else_holds_it() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    held = attach(model, optimizer, random_masks(model))
+    train(model, optimizer, 1)
+    gone = weakref.ref(model[0].weight)
+    gc.disable()  # no cycle to collect: memory goes at once
+    try:
+        del model, optimizer, held
+        assert gone() is None
+    finally:
+        gc.enable()

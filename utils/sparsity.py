@@ -12,7 +12,8 @@ copies into them, so that addresses captured by a CUDA graph or a compiled step 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,11 +42,11 @@ class Sparsity:
         self._parameters = {name: named[name] for name in masks}
         self._words = {name: _full_words(p) for name, p in self._parameters.items()}
         self._masks = masks
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self._step_hook: RemovableHandle | None = None
-        self._dense_gradients = False
+        self._gate = _Gate()
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._gradient_hook(name))
+            p.register_post_accumulate_grad_hook(_gradient_hook(self._words[name], self._gate))
             for name, p in self._parameters.items()
             if p.requires_grad
         ]
@@ -62,8 +63,10 @@ class Sparsity:
         if self._step_hook is not None:
             self._step_hook.remove()
             self._step_hook = None
-        self._optimizer = optimizer
+        self._optimizer = lambda: None
         if optimizer is not None:
+            # Held weakly: the optimizer holds this object through its hook, and a cycle would keep the model's memory.
+            self._optimizer = weakref.ref(optimizer)
             # A hook of the optimizer is not called for the steps a GradScaler skips.
             self._step_hook = optimizer.register_step_post_hook(self._after_step)
 
@@ -89,11 +92,7 @@ class Sparsity:
 
     def zero_pruned(self, name: str, tensor: torch.Tensor) -> None:
         """Fill `tensor`, shaped as parameter `name`, with 0.0 where the parameter is pruned, in place."""
-        words = self._words[name]
-        if tensor.element_size() == words.element_size() and tensor.is_floating_point():
-            tensor.detach().view(words.dtype).bitwise_and_(words)
-        else:
-            tensor.detach().masked_fill_(words == 0, 0.0)
+        _zero(tensor, self._words[name])
 
     def detach(self) -> None:
         """Remove all hooks; weights stay as they are."""
@@ -103,7 +102,7 @@ class Sparsity:
 
     def dense_gradients(self, dense: bool) -> None:
         """Let gradients of pruned weights through (a mask update reads them), until switched back."""
-        self._dense_gradients = dense
+        self._gate.dense = dense
 
     def violations(self) -> list[str]:
         """Names of parameters with a pruned weight or optimizer state that is not exactly +0.0."""
@@ -114,23 +113,40 @@ class Sparsity:
                 bad.append(name)
         return bad
 
-    def _gradient_hook(self, name: str) -> Any:
-        def mask(p: torch.Tensor) -> None:
-            if p.grad is not None and not self._dense_gradients:
-                self.zero_pruned(name, p.grad)
-
-        return mask
-
     def _after_step(self, *_: Any) -> None:
         with torch.no_grad():
             for name, p in self._parameters.items():
                 self.zero_pruned(name, p)
 
     def _state_of(self, p: torch.Tensor) -> Iterable[torch.Tensor]:
-        state = self._optimizer.state.get(p, {}) if self._optimizer is not None else {}
+        optimizer = self._optimizer()
+        state = optimizer.state.get(p, {}) if optimizer is not None else {}
         return [
             v for v in state.values() if isinstance(v, torch.Tensor) and v.shape == p.shape and v.is_floating_point()
         ]
+
+
+class _Gate:
+    """Whether gradients pass unmasked just now."""
+
+    dense = False
+
+
+def _gradient_hook(words: torch.Tensor, gate: _Gate) -> Callable[[torch.Tensor], None]:
+    # It must not hold the parameter it hangs on: autograd's hooks are no part of Python's cycle collection, and the
+    # model would never be freed.
+    def mask(p: torch.Tensor) -> None:
+        if p.grad is not None and not gate.dense:
+            _zero(p.grad, words)
+
+    return mask
+
+
+def _zero(tensor: torch.Tensor, words: torch.Tensor) -> None:
+    if tensor.element_size() == words.element_size() and tensor.is_floating_point():
+        tensor.detach().view(words.dtype).bitwise_and_(words)
+    else:
+        tensor.detach().masked_fill_(words == 0, 0.0)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

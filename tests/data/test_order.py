@@ -24,10 +24,7 @@ def test_seed_level_and_epoch_each_change_the_order() -> None:
 
 def test_the_order_is_the_one_on_record() -> None:
     """Runs are compared across machines and versions: a change here must be meant."""
-    assert epoch_order(0, 0, 0, 10).tolist() == GOLDEN_ORDER
-
-
-GOLDEN_ORDER = [0]
+    assert epoch_order(0, 0, 0, 10).tolist() == [9, 5, 4, 8, 3, 0, 7, 2, 1, 6]
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 200))

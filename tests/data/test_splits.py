@@ -51,7 +51,9 @@ def test_a_subset_is_stratified_exact_and_within_its_source(labels: np.ndarray, 
 
 
 def test_largest_remainders_by_hand() -> None:
-    labels = np.repeat([0, 1, 2], [7, 8, 15])  # a tenth: 0.7, 0.8, 1.5 of 3 -> floors 0, 0, 1, then 1 and 0 get one each
+    labels = np.repeat(
+        [0, 1, 2], [7, 8, 15]
+    )  # a tenth: 0.7, 0.8, 1.5 of 3 -> floors 0, 0, 1, then 1 and 0 get one each
     _, held_out = split(labels, 0.1, 0)
     assert np.bincount(labels[held_out]).tolist() == [1, 1, 1]
 

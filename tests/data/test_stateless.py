@@ -1,9 +1,6 @@
-"""Stateless random numbers: the same numbers from arrays, from scalars and from plain integers; uniform; independent."""
+"""Stateless random numbers: the same from arrays, scalars and plain integers; uniform; independent."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -58,7 +55,9 @@ def test_numbers_are_uniform(stream: int) -> None:
 def test_streams_epochs_and_neighbours_are_uncorrelated() -> None:
     n = 100_000
     draws = [
-        stateless.uniform(stateless.epoch_key(0, 0, epoch), np.arange(n), stream) for epoch in (0, 1) for stream in (0, 1)
+        stateless.uniform(stateless.epoch_key(0, 0, epoch), np.arange(n), stream)
+        for epoch in (0, 1)
+        for stream in (0, 1)
     ]
     draws.append(np.roll(draws[0], 1))
     off_diagonal = np.corrcoef(draws) - np.eye(len(draws))
@@ -79,8 +78,6 @@ def test_derive_depends_on_every_part_and_where_parts_end() -> None:
     assert all(0 <= key < 2**63 for key in keys)
 
 
-def test_derive_is_the_same_in_another_process() -> None:
-    code = "from utils.data.stateless import derive; print(derive('order', 3, 1, 4))"
-    environment = {"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
-    other = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert int(other.stdout) == stateless.derive("order", 3, 1, 4)
+def test_derive_is_the_number_on_record() -> None:
+    """Runs are compared across machines and versions: a change here must be meant."""
+    assert stateless.derive("order", 3, 1, 4) == 5827328809169398011

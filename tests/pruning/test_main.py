@@ -57,6 +57,14 @@ def test_an_unreachable_request_writes_nothing(tmp_path: Path, capsys: pytest.Ca
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main([*COMMON, "--pruning.density=0.1", "--out", str(tmp_path / "file" / "m.safetensors")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sieve: ")
+    assert str(tmp_path / "file") in line
+
+
 def test_a_mistyped_key_is_refused_before_torch_is_imported() -> None:
     code = (
         "import sys, runpy\n"

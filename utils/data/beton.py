@@ -204,7 +204,7 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
 
 def _without_sidecar(header: beton_format.Header, spec: DataSpec, split: str) -> dict[str, Any]:
     metadata = beton_format.read_metadata(header)
-    beton_format.check_images(header, metadata)
+    beton_format.image_table(header, metadata)
     found = metadata["label"]
     low, high = int(found.min()), int(found.max())
     if low < 0 or high >= spec.classes or (split == "train" and high != spec.classes - 1):

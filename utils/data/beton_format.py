@@ -119,8 +119,11 @@ def read_metadata(header: Header) -> np.ndarray:
     return np.fromfile(header.path, sample_type(header.names), header.samples, offset=header.metadata_start)
 
 
-def check_images(header: Header, metadata: np.ndarray) -> None:
-    """Check that every image lies whole inside the file, on one page, where the table says. Raises UserError."""
+def image_table(header: Header, metadata: np.ndarray) -> np.ndarray:
+    """Where every image lies and what it is: int64 [N, 5], columns offset, bytes, height, width, mode (JPG or RAW).
+
+    Raises UserError unless each lies whole inside the file, on one page, where the table of contents says.
+    """
     table = np.fromfile(header.path, ALLOCATION, header.samples, offset=header.table)
     table = table[np.argsort(table["ptr"], kind="stable")]
     images = metadata["image"]
@@ -136,6 +139,8 @@ def check_images(header: Header, metadata: np.ndarray) -> None:
     whole &= (pointers >> shift) == ((pointers + sizes - np.uint64(1)) >> shift)
     if not whole.all():
         raise UserError(f"{header.path}: damaged (image {int(np.argmin(whole))} is not where the table says); {MEND}")
+    columns = (pointers, sizes, images["height"], images["width"], images["mode"])
+    return np.stack([column.astype(np.int64) for column in columns], axis=1)
 
 
 def digest(header: Header, metadata: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""One pass over a list of batches: a thread runs FFCV's compiled pipeline ahead of the reader, and always ends.
+"""One pass over a list of batches: a thread runs FFCV's pipeline ahead of the reader, and always ends.
 
 FFCV's own iterator waits for ever when its pipeline raises, leaves its thread and buffers behind when it is not read to
 the end, and may write into pinned memory that a GPU copy still reads. Here buffers are handed back and forth: the
@@ -19,8 +19,8 @@ import numba
 import numpy as np
 import torch
 
-from utils.data.ffcv_import import Loader, ProcessCacheManager, kept_torch_threads
-from utils.data.ffcv_ops import COLUMNS, FAILED, PlannedDecoder
+from utils.data.ffcv_import import Loader, kept_torch_threads
+from utils.data.ffcv_ops import COLUMNS, FAILED, OFFSET, PlannedDecoder
 from utils.system.errors import UserError
 
 SLOTS = 4
@@ -32,8 +32,8 @@ POLL_SECONDS = 2.0
 CLOSE_SECONDS = 30.0
 """How long `close` waits for the batch in hand."""
 
-_compiled = threading.Lock()
-"""Held while compiled code runs on several threads: not all of numba's threading layers allow two such calls at once."""
+_kernel = threading.Lock()
+"""Held while the kernel runs on several threads: not all of numba's threading layers allow two such calls at once."""
 
 
 @dataclass
@@ -41,17 +41,17 @@ class Job:
     """What an epoch does.
 
     batches        sample indices of each batch, int64
-    plan           (sample indices [B]) -> plan rows [B, COLUMNS]; called in the thread
+    plan           (sample indices [B]) -> plan rows [B, COLUMNS], offsets being places in the file; runs in the thread
+    largest        bytes of the largest decoded image
     pad            padding the shifts of the plan refer to; below 0: none
-    canvas         side of the image that is shifted; 0 where nothing is
-    largest        bytes of the largest decoded JPEG
+    canvas         side of the image that is shifted; 1 where nothing is
     """
 
     batches: list[np.ndarray]
     plan: Callable[[np.ndarray], np.ndarray]
+    largest: int
     pad: int = -1
-    canvas: int = 0
-    largest: int = 0
+    canvas: int = 1
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Slot:
 
 
 class EpochReader:
-    """Iterate once: (images uint8 [B, S, S, 3], labels int64 [B, 1]) per batch, on the device, valid until the next one.
+    """Iterate once: (images uint8 [B, S, S, 3], labels int64 [B, 1]) on the device, each valid until the next one.
 
     Raises, at the batch where it happened, whatever the pipeline raised: UserError for an image that cannot be decoded.
     """
@@ -75,12 +75,9 @@ class EpochReader:
     def __init__(self, loader: Loader, decoder: PlannedDecoder, job: Job, device: torch.device, workers: int) -> None:
         self.loader, self.job, self.device, self.workers = loader, job, device, workers
         self._decoder_node = next(node.id for node in loader.graph.nodes if getattr(node, "decoder", None) is decoder)
-        scratch = max(1, job.largest), max(1, job.canvas)
-        self._scratch = (
-            np.empty((workers, scratch[0]), np.uint8),
-            np.empty((workers, scratch[1], scratch[1], 3), np.uint8),
-            np.empty((workers, scratch[1], scratch[1], 3), np.uint8),
-        )
+        canvas = (workers, job.canvas, job.canvas, 3)
+        decoded = np.empty((workers, job.largest), np.uint8)
+        self._scratch = (decoded, np.empty(canvas, np.uint8), np.empty(canvas, np.uint8))
         self._free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[Slot | BaseException | None] = queue.SimpleQueue()
         self._slots = list(self._make_slots())
@@ -156,7 +153,9 @@ class EpochReader:
         if slot.copied is not None:
             slot.copied.synchronize()  # the copy to the GPU still reads the buffers we are about to fill
         count = len(batch)
-        slot.plan[:count] = self.job.plan(batch)
+        plan = slot.plan[:count]
+        plan[:] = self.job.plan(batch)
+        storage = self._storage(plan)
         arguments: dict[str, Any] = {
             "batch_indices": batch,
             "storage_state": self._context.state,
@@ -166,12 +165,24 @@ class EpochReader:
             for node, buffer in slot.memory.get(kind, {}).items():
                 arguments[f"{prefix}_{node}"] = None if buffer is None else buffer[:count]
         out = arguments[f"memory_{self._decoder_node}"]
-        arguments[f"memory_{self._decoder_node}"] = (out, slot.plan[:count], self.job.pad, *self._scratch)
+        arguments[f"memory_{self._decoder_node}"] = (out, plan, self.job.pad, storage, *self._scratch)
         slot.outputs = self._through_stages(slot, arguments)
-        failed = np.flatnonzero(slot.plan[:count, FAILED])
+        failed = np.flatnonzero(plan[:, FAILED])
         if len(failed):
             sample = int(batch[failed[0]])
             raise UserError(f"{self.loader.fname}: image {sample} is damaged; delete the file to have it written again")
+
+    def _storage(self, plan: np.ndarray) -> np.ndarray:
+        """The bytes images are read from, read-only uint8 [n]; the plan's offsets become places in them."""
+        state = self._context.state
+        if len(state) == 3:  # the mapped file
+            return np.asarray(state[0])
+        pages, _, _, slot_of = state
+        page, within = np.divmod(plan[:, OFFSET], pages.shape[1])
+        plan[:, OFFSET] = slot_of[page].astype(np.int64) * pages.shape[1] + within
+        flat: np.ndarray = pages.reshape(-1)
+        flat.flags.writeable = False  # one type for both kinds, so that the kernel is compiled once
+        return flat
 
     def _through_stages(self, slot: Slot, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         stages, outputs = self.loader.code
@@ -180,8 +191,8 @@ class EpochReader:
             if slot.stream is not None and slot.read is not None:
                 slot.stream.wait_event(slot.read)
             for place, (stage, defined) in enumerate(stages):
-                # Even stages are compiled, odd ones are torch's.
-                with _compiled if place % 2 == 0 and self.workers > 1 else contextlib.nullcontext():
+                # Even stages are the decoders', odd ones torch's.
+                with _kernel if place % 2 == 0 and self.workers > 1 else contextlib.nullcontext():
                     results = stage(**arguments)
                 arguments.update({f"result_{node}": result for node, result in zip(defined, results, strict=True)})
             if slot.stream is not None:
@@ -216,8 +227,3 @@ def _part(buffer: Any, place: int) -> Any:
     if isinstance(buffer, tuple):
         return tuple(_part(one, place) for one in buffer)
     return buffer[place]
-
-
-def is_mapped(loader: Loader) -> bool:
-    """Whether the loader reads through the page cache of the system."""
-    return not isinstance(loader.memory_manager, ProcessCacheManager)

@@ -35,7 +35,7 @@ with kept_torch_threads():
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         from ffcv.libffcv import ctypes_imdecode, ctypes_resize
         from ffcv.loader import Loader, OrderOption
-        from ffcv.memory_managers import ProcessCacheManager
+        from ffcv.pipeline import Compiler
         from ffcv.pipeline.allocation_query import AllocationQuery
         from ffcv.pipeline.state import State
         from ffcv.transforms import ToDevice, ToTensor
@@ -47,10 +47,10 @@ with kept_torch_threads():
 
 __all__ = [
     "AllocationQuery",
+    "Compiler",
     "IntDecoder",
     "Loader",
     "OrderOption",
-    "ProcessCacheManager",
     "SimpleRGBImageDecoder",
     "State",
     "ToDevice",

@@ -9,13 +9,12 @@ import numba
 import numpy as np
 import torch
 
-from utils.data import augment
+from utils.data import augment, beton_format
 from utils.data.batching import Batching
 from utils.data.beton import allowed_cpus
-from utils.data.beton_format import JPG
 from utils.data.ffcv_epoch import EpochReader, Job
-from utils.data.ffcv_import import IntDecoder, Loader, OrderOption, ToDevice, ToTensor, kept_torch_threads
-from utils.data.ffcv_ops import BOX_Y, COLUMNS, MIRROR, SHIFT_Y, PlannedDecoder
+from utils.data.ffcv_import import Compiler, Loader, OrderOption, ToDevice, ToTensor, kept_torch_threads
+from utils.data.ffcv_ops import BOX_Y, COLUMNS, HEIGHT, MIRROR, OFFSET, SHIFT_Y, WIDTH, LabelDecoder, PlannedDecoder
 from utils.data.order import Shard
 from utils.data.protocol import Batch
 from utils.data.spec import DataSpec
@@ -46,18 +45,18 @@ class FFCVLoader(Batching):
     ) -> None:
         super().__init__(indices, shard, training=training, order_seed=order_seed, eval_batch=eval_batch)
         self.spec, self.device, self.channels_last = spec, device, channels_last
-        self.workers = max(1, min(workers, allowed_cpus(), numba.config.NUMBA_NUM_THREADS))
+        threads: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+        self.workers = max(1, min(workers, allowed_cpus(), threads))
         self._mean = torch.tensor(spec.mean, dtype=torch.float32, device=device)
         self._std = torch.tensor(spec.std, dtype=torch.float32, device=device)
-        self._decoder = PlannedDecoder(self._side(), parallel=self.workers > 1, mapped=spec.data.os_cache)
+        header = beton_format.read_header(beton)
+        self._table = beton_format.image_table(header, beton_format.read_metadata(header))
+        if len(self.indices) and self.indices.max() >= header.samples:
+            raise UserError(f"{beton}: holds {header.samples} samples and image {self.indices.max()} is asked for")
+        sizes = self._table[self.indices]
+        self._largest = int((3 * sizes[:, HEIGHT] * sizes[:, WIDTH]).max(initial=1))
+        self._decoder = PlannedDecoder(self._side(), parallel=self.workers > 1)
         self._loader = _ffcv_loader(beton, self._decoder, device, self.workers, spec.data.os_cache)
-        reader = self._loader.reader
-        if len(self.indices) and self.indices.max() >= reader.num_samples:
-            raise UserError(f"{beton}: holds {reader.num_samples} samples, image {self.indices.max()} is asked for")
-        images = reader.metadata[f"f{self._loader.field_name_to_f_ix['image']}"]
-        self._heights, self._widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
-        packed = self.indices[images["mode"][self.indices] == JPG]
-        self._largest = int((3 * self._heights[packed] * self._widths[packed]).max(initial=0))
         self._readers: set[EpochReader] = set()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -105,7 +104,8 @@ class FFCVLoader(Batching):
 
         def plan(samples: np.ndarray) -> np.ndarray:
             rows = np.zeros((len(samples), COLUMNS), np.int64)
-            heights, widths = self._heights[samples], self._widths[samples]
+            rows[:, OFFSET : OFFSET + 5] = self._table[samples]
+            heights, widths = rows[:, HEIGHT], rows[:, WIDTH]
             if self.training and spec.augment == "rrc":
                 rows[:, BOX_Y : BOX_Y + 4] = augment.rrc_boxes(key, samples, heights, widths)
             else:
@@ -117,8 +117,8 @@ class FFCVLoader(Batching):
                 rows[:, MIRROR] = augment.flips(key, samples)
             return rows
 
-        pad, canvas = (spec.data.pad, spec.image_size) if shifted else (-1, 0)
-        return Job(batches, plan, pad, canvas, self._largest)
+        pad, canvas = (spec.data.pad, spec.image_size) if shifted else (-1, 1)
+        return Job(batches, plan, self._largest, pad, canvas)
 
 
 def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.ndarray:
@@ -128,21 +128,18 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.nd
 
 
 def _ffcv_loader(beton: Path, decoder: PlannedDecoder, device: torch.device, workers: int, os_cache: bool) -> Loader:
-    """FFCV's loader of a file: reader, memory manager and compiled pipeline. Its own order and iterator are not used."""
+    """FFCV's loader of a file: its reader, page cache and pipeline. Its order, iterator and compiler are not used."""
     on_device = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
-    pipelines = {"image": [decoder, ToTensor(), *on_device], "label": [IntDecoder(), ToTensor(), *on_device]}
-    with kept_torch_threads():
-        return Loader(
-            str(beton),
-            batch_size=1,
-            num_workers=workers,
-            os_cache=os_cache,
-            order=OrderOption.SEQUENTIAL,
-            distributed=False,
-            seed=0,
-            pipelines=pipelines,
-            drop_last=False,
-        )
+    pipelines = {"image": [decoder, ToTensor(), *on_device], "label": [LabelDecoder(), ToTensor(), *on_device]}
+    options = {"order": OrderOption.SEQUENTIAL, "distributed": False, "drop_last": False, "seed": 0}
+    Compiler.set_enabled(False)  # the decoders are compiled already; wrapping them again costs seconds per loader
+    try:
+        with kept_torch_threads():
+            return Loader(
+                str(beton), batch_size=1, num_workers=workers, os_cache=os_cache, pipelines=pipelines, **options
+            )
+    finally:
+        Compiler.set_enabled(True)
 
 
 def make(

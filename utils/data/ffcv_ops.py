@@ -2,193 +2,201 @@
 
 FFCV's own augmentations draw from numba's random state, which is each thread's own and cannot be seeded, so nothing is
 drawn here: every batch comes with a plan, one row of whole numbers per image, and a kernel that only follows it. The
-kernel is compiled once per process and shared by all loaders.
+kernel is one for all loaders, and numba keeps its machine code on disk for the next process.
 """
 
 from __future__ import annotations
 
-import functools
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import llvmlite.binding
 import numpy as np
-from numba import njit, prange
+from numba import njit, prange, types
 
 from utils.data.beton_format import JPG
-from utils.data.ffcv_import import AllocationQuery, SimpleRGBImageDecoder, State, ctypes_imdecode, ctypes_resize
+from utils.data.ffcv_import import (
+    AllocationQuery,
+    IntDecoder,
+    SimpleRGBImageDecoder,
+    State,
+    ctypes_imdecode,
+    ctypes_resize,
+)
 
-BOX_Y, BOX_X, BOX_H, BOX_W, SHIFT_Y, SHIFT_X, MIRROR, FAILED = range(8)
+OFFSET, BYTES, HEIGHT, WIDTH, MODE, BOX_Y, BOX_X, BOX_H, BOX_W, SHIFT_Y, SHIFT_X, MIRROR, FAILED = range(13)
 """Columns of a plan, int64 [batch, COLUMNS].
 
-BOX_*    the part of the stored image that is taken
-SHIFT_*  top left corner of the window in the image padded by `pad` (0 to 2 * pad)
-MIRROR   1: left to right
-FAILED   written by the kernel: 1 where a JPEG could not be decoded
+OFFSET, BYTES           where the stored image lies in the storage
+HEIGHT, WIDTH, MODE     what it is
+BOX_*                   the part of it that is taken
+SHIFT_*                 top left corner of the window in the image padded by `pad` (0 to 2 * pad)
+MIRROR                  1: left to right
+FAILED                  written by the kernel: 1 where a JPEG could not be decoded
 """
-COLUMNS = 8
+COLUMNS = 13
+
+# FFCV's C functions under names of our own: code that calls them by name, not by address, can be kept on disk.
+for _name, _function in (("sieve_ffcv_imdecode", ctypes_imdecode), ("sieve_ffcv_resize", ctypes_resize)):
+    llvmlite.binding.add_symbol(_name, ctypes.cast(_function, ctypes.c_void_p).value)
+_u32, _ptr = types.uint32, types.voidptr
+_imdecode: Any = types.ExternalFunction(
+    "sieve_ffcv_imdecode",
+    types.int32(_ptr, types.uint64, _u32, _u32, _ptr, _u32, _u32, _u32, _u32, _u32, _u32, types.bool_, types.bool_),
+)
+_resize_c: Any = types.ExternalFunction(
+    "sieve_ffcv_resize", types.void(*(types.int64,) * 4, *(types.int64,) * 4, *(types.int64,) * 3)
+)
 
 
-@njit(nogil=True)
-def _mirror_in_place(image: Any) -> None:
-    height, width, _ = image.shape
-    for row in range(height):
-        for left in range(width // 2):
-            right = width - 1 - left
-            for channel in range(3):
-                kept = image[row, left, channel]
-                image[row, left, channel] = image[row, right, channel]
-                image[row, right, channel] = kept
+def _compiled(parallel: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """numba's compiler, its result kept on disk where there is a place for it."""
 
+    def compile_(function: Callable[..., None]) -> Callable[..., None]:
+        try:
+            done: Callable[..., None] = njit(nogil=True, parallel=parallel, cache=True)(function)
+        except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
+            done = njit(nogil=True, parallel=parallel)(function)
+        return done
 
-@njit(nogil=True)
-def _copy_window(source: Any, top: Any, left: Any, mirror: Any, out: Any) -> None:
-    """out[r, c] = source[top + r, left + c], 0 outside source; mirrored when asked."""
-    height, width, _ = out.shape
-    rows, columns, _ = source.shape
-    first, last = max(0, -left), min(width, columns - left)
-    for row in range(height):
-        if top + row < 0 or top + row >= rows or last <= first:
-            out[row] = 0
-            continue
-        if mirror:
-            out[row, : width - last] = 0
-            for column in range(first, last):
-                for channel in range(3):
-                    out[row, width - 1 - column, channel] = source[top + row, left + column, channel]
-            out[row, width - first :] = 0
-        else:
-            out[row, :first] = 0
-            for column in range(first, last):
-                for channel in range(3):
-                    out[row, column, channel] = source[top + row, left + column, channel]
-            out[row, last:] = 0
+    return compile_
 
 
 @njit(nogil=True)
 def _resize(source: Any, y: Any, x: Any, height: Any, width: Any, out: Any) -> None:
     """`out` becomes the box of `source`, resized by OpenCV by pixel areas."""
-    ctypes_resize(
-        0,
-        source.ctypes.data,
-        source.shape[0],
-        source.shape[1],
-        y,
-        y + height,
-        x,
-        x + width,
-        out.ctypes.data,
-        out.shape[0],
-        out.shape[1],
+    rows, columns = source.shape[0], source.shape[1]
+    _resize_c(
+        0, source.ctypes.data, rows, columns, y, y + height, x, x + width, out.ctypes.data, out.shape[0], out.shape[1]
     )
+
+
+@njit(nogil=True)
+def _copy(source: Any, out: Any) -> None:
+    """Copy bytes; a plain loop over flat arrays becomes memcpy, an assignment of slices does not."""
+    for place in range(out.size):
+        out[place] = source[place]
+
+
+@njit(nogil=True)
+def _copy_mirrored(source: Any, out: Any) -> None:
+    """Copy a line of pixels [n, 3] from right to left."""
+    last = len(out) - 1
+    for place in range(len(out)):
+        out[place, 0] = source[last - place, 0]
+        out[place, 1] = source[last - place, 1]
+        out[place, 2] = source[last - place, 2]
+
+
+@njit(nogil=True)
+def _copy_window(source: Any, y: Any, x: Any, side: Any, top: Any, left: Any, mirror: Any, out: Any) -> None:
+    """Copy a window as large as `out` [S, S, 3] of the square (y, x, side) of `source`, mirrored when asked.
+
+    The window's corner lies at (top, left) of the square and may stick out of it: there `out` is 0.
+    """
+    size = out.shape[0]
+    first, last = max(0, -left), min(size, side - left)
+    # Where the part [first, last) of a line that lies inside the square goes.
+    begin, end = (size - last, size - first) if mirror else (first, last)
+    for row in range(size):
+        line = out[row]
+        if top + row < 0 or top + row >= side or last <= first:
+            line[:] = 0
+            continue
+        part = source[y + top + row, x + left + first : x + left + last]
+        line[:begin] = 0
+        line[end:] = 0
+        if mirror:
+            _copy_mirrored(part, line[begin:end])
+        else:
+            _copy(part.reshape(-1), line[begin:end].reshape(-1))
+
+
+@njit(nogil=True)
+def _mirror_in_place(image: Any) -> None:
+    for row in range(image.shape[0]):
+        line = image[row]
+        for left in range(image.shape[1] // 2):
+            right = image.shape[1] - 1 - left
+            for channel in range(3):
+                line[left, channel], line[right, channel] = line[right, channel], line[left, channel]
 
 
 @njit(nogil=True)
 def _follow(image: Any, row: Any, pad: Any, canvas: Any, shifted: Any, out: Any) -> None:
     """Make `out` [S, S, 3] of a decoded `image` as a plan's row says.
 
-    With pad >= 0 the box is brought to the side of `canvas`, shifted in black padding, and brought to S.
+    With pad >= 0 the box is brought to the side of `canvas`, shifted within black padding, and brought to S.
     """
     y, x, height, width = row[BOX_Y], row[BOX_X], row[BOX_H], row[BOX_W]
-    side = out.shape[0]
-    mirror = row[MIRROR] != 0
-    if pad < 0:
-        if height == side and width == side:
-            _copy_window(image[y : y + height, x : x + width], 0, 0, mirror, out)
+    size, mirror = out.shape[0], row[MIRROR] != 0
+    inner = size if pad < 0 else canvas.shape[0]
+    top, left = (0, 0) if pad < 0 else (row[SHIFT_Y] - pad, row[SHIFT_X] - pad)
+    if height != inner or width != inner:
+        if pad < 0:
+            _resize(image, y, x, height, width, out)
+            if mirror:
+                _mirror_in_place(out)
             return
-        _resize(image, y, x, height, width, out)
+        _resize(image, y, x, height, width, canvas)
+        image, y, x = canvas, 0, 0
+    if size == inner:
+        _copy_window(image, y, x, inner, top, left, mirror, out)
     else:
-        inner = canvas.shape[0]
-        top, left = row[SHIFT_Y] - pad, row[SHIFT_X] - pad
-        target = out if side == inner else shifted
-        if height == inner and width == inner:
-            _copy_window(image[y : y + height, x : x + width], top, left, mirror, target)
+        _copy_window(image, y, x, inner, top, left, mirror, shifted)
+        _resize(shifted, 0, 0, inner, inner, out)
+
+
+@njit(nogil=True)
+def _fill_share(
+    start: Any, stop: Any, out: Any, plan: Any, pad: Any, storage: Any, decoded: Any, canvas: Any, shifted: Any
+) -> None:
+    for place in range(start, stop):
+        row = plan[place]
+        height, width = row[HEIGHT], row[WIDTH]
+        data = storage[row[OFFSET] : row[OFFSET] + row[BYTES]]
+        image = decoded[: height * width * 3]
+        row[FAILED] = 0
+        if row[MODE] == JPG:
+            h, w, zero, one = np.uint32(height), np.uint32(width), np.uint32(0), np.uint32(1)
+            size = np.uint64(data.size)
+            if _imdecode(data.ctypes, size, h, w, image.ctypes, h, w, zero, zero, one, one, False, False) != 0:
+                row[FAILED] = 1
+                continue
         else:
-            _resize(image, y, x, height, width, canvas)
-            _copy_window(canvas, top, left, mirror, target)
-        if side != inner:
-            _resize(shifted, 0, 0, inner, inner, out)
-        return
-    if mirror:
-        _mirror_in_place(out)
+            _copy(data, image)
+        _follow(image.reshape(height, width, 3), row, pad, canvas, shifted, out[place])
 
 
-@njit(nogil=True)
-def _read_mapped(address: Any, storage: Any) -> Any:
-    size = storage[2][np.searchsorted(storage[1], address)]
-    return storage[0][address : address + size]
+@_compiled(parallel=False)
+def fill(out: Any, plan: Any, pad: Any, storage: Any, decoded: Any, canvas: Any, shifted: Any) -> None:
+    """Fill a batch on one thread.
 
-
-@njit(nogil=True)
-def _read_pages(address: Any, storage: Any) -> Any:
-    """`storage` is (pages [slots, page size], addresses, sizes, slot of each page); page sizes are powers of two."""
-    size = storage[2][np.searchsorted(storage[1], address)]
-    page_size = np.uint64(storage[0].shape[1])
-    page = address // page_size
-    offset = address - page * page_size
-    return storage[0][storage[3][page], offset : offset + size]
-
-
-@functools.cache
-def kernel(parallel: bool, mapped: bool) -> Callable[..., None]:
-    """The function that fills a batch, compiled for one thread or several, for a mapped file or FFCV's page cache.
-
-    Arguments: sample indices [B]; out uint8 [B, S, S, 3]; plan int64 [B, COLUMNS]; pad (below 0: none); decoded uint8
-    [threads, largest image]; canvas and shifted uint8 [threads, side, side, 3]; image metadata; FFCV's storage state.
+    out uint8 [B, S, S, 3]; plan int64 [B, COLUMNS]; pad (below 0: none); storage read-only uint8 [bytes]; scratch of
+    each thread: decoded uint8 [threads, largest image], canvas and shifted uint8 [threads, side, side, 3].
     """
-    read = _read_mapped if mapped else _read_pages
-
-    def fill(
-        batch: Any, out: Any, plan: Any, pad: Any, decoded: Any, canvas: Any, shifted: Any, metadata: Any, storage: Any
-    ) -> None:
-        threads = decoded.shape[0]
-        count = len(batch)
-        # A share of the batch per thread, so that each thread has its own scratch whatever the threading layer does.
-        for thread in prange(threads):
-            for place in range(thread * count // threads, (thread + 1) * count // threads):
-                field = metadata[batch[place]]
-                height, width = np.int64(field["height"]), np.int64(field["width"])
-                data = read(field["data_ptr"], storage)
-                plan[place, FAILED] = 0
-                if field["mode"] == JPG:
-                    plain = decoded[thread, : height * width * 3]
-                    result = ctypes_imdecode(
-                        data.ctypes.data,
-                        data.size,
-                        height,
-                        width,
-                        plain.ctypes.data,
-                        height,
-                        width,
-                        0,
-                        0,
-                        1,
-                        1,
-                        False,
-                        False,
-                    )
-                    if result != 0:
-                        plan[place, FAILED] = 1
-                        continue
-                    _follow(
-                        plain.reshape(height, width, 3), plan[place], pad, canvas[thread], shifted[thread], out[place]
-                    )
-                else:
-                    _follow(
-                        data.reshape(height, width, 3), plan[place], pad, canvas[thread], shifted[thread], out[place]
-                    )
-
-    compiled: Callable[..., None] = njit(nogil=True, parallel=parallel)(fill)
-    return compiled
+    _fill_share(0, out.shape[0], out, plan, pad, storage, decoded[0], canvas[0], shifted[0])
 
 
-class PlannedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no types
-    """FFCV decoder that hands every batch to `kernel`, with the plan and scratch it is given as its memory."""
+@_compiled(parallel=True)
+def fill_parallel(out: Any, plan: Any, pad: Any, storage: Any, decoded: Any, canvas: Any, shifted: Any) -> None:
+    """`fill` on as many threads as there is scratch for."""
+    threads, count = decoded.shape[0], out.shape[0]
+    # Each thread has its own share of the batch and its own scratch, whatever the threading layer does.
+    for thread in prange(threads):
+        start, stop = thread * count // threads, (thread + 1) * count // threads
+        _fill_share(start, stop, out, plan, pad, storage, decoded[thread], canvas[thread], shifted[thread])
 
-    def __init__(self, side: int, parallel: bool, mapped: bool) -> None:
+
+class PlannedDecoder(SimpleRGBImageDecoder):
+    """FFCV decoder whose memory is what `fill` takes; it makes images of `side` pixels."""
+
+    def __init__(self, side: int, parallel: bool) -> None:
         super().__init__()
         self.side = side
-        self._kernel = kernel(parallel, mapped)
+        self._fill = fill_parallel if parallel else fill
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         """One uint8 image [side, side, 3] per sample."""
@@ -196,12 +204,24 @@ class PlannedDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has n
         return replace(previous_state, jit_mode=True, shape=shape, dtype=kind), AllocationQuery(shape, kind)
 
     def generate_code(self) -> Callable[..., Any]:
-        """A function FFCV compiles; its memory is (out, plan, pad, decoded, canvas, shifted)."""
-        fill = self._kernel
+        """FFCV's calling convention: (batch indices, memory, metadata, storage state) -> images."""
+        run = self._fill
 
-        def decode(batch: Any, memory: Any, metadata: Any, storage: Any) -> Any:
-            out, plan, pad, decoded, canvas, shifted = memory
-            fill(batch, out, plan, pad, decoded, canvas, shifted, metadata, storage)
-            return out
+        def decode(batch: Any, memory: Any, metadata: Any, state: Any) -> Any:
+            run(*memory)
+            return memory[0]
+
+        return decode
+
+
+class LabelDecoder(IntDecoder):
+    """FFCV's integer decoder without its loop."""
+
+    def generate_code(self) -> Callable[..., Any]:
+        """FFCV's calling convention: (batch indices, memory, metadata, storage state) -> labels [B, 1]."""
+
+        def decode(batch: Any, memory: Any, metadata: Any, state: Any) -> Any:
+            memory[:, 0] = metadata[batch]
+            return memory
 
         return decode

@@ -89,11 +89,12 @@ class TorchvisionLoader(Batching):
         self._requests[:] = requests
         self._iterator = iter(self._open())
         try:
-            for made in self._iterator:
-                self._check_newest(number)
+            for count, made in enumerate(self._iterator, start=1):
                 if made.error:
                     raise UserError(made.error)
                 yield self._finish(made, requests[0].key, size)
+                if count < len(requests):  # an iterator that was stopped would end here without a word
+                    self._check_newest(number)
         except UserError:
             self.close()
             raise

@@ -14,7 +14,7 @@ import yaml
 from utils.params.parsing import did_you_mean
 from utils.system.errors import ParamError
 
-SIZE_LIMIT = 1 << 20
+SIZE_LIMIT = 128 << 10
 """Bytes a config file may have."""
 
 DEPTH_LIMIT = 8
@@ -90,7 +90,7 @@ def _read(path: Path) -> bytes:
         reason = getattr(error, "strerror", None) or str(error)
         raise ParamError(f"{str(path)!r}: cannot be read ({reason})") from None
     if len(data) > SIZE_LIMIT:
-        raise ParamError(f"{path}: larger than {SIZE_LIMIT >> 20} MiB; is it a config file?")
+        raise ParamError(f"{path}: larger than {SIZE_LIMIT >> 10} KiB; is it a config file?")
     return data
 
 
