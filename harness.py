@@ -23,8 +23,10 @@ def main() -> None:
         run = levels.Driver(params, here.world, here.device, here.console).run()
         if here.world.main:
             rows = reporting.read_rows(run)
-            plot = reporting.plot_levels([run.path], run.plot)
-            here.console.line(f"\n{reporting.levels_table(rows)}\n\nplot: {plot}\nlevels: {run.levels_csv}")
+            here.console.line(f"\n{reporting.levels_table(rows)}\n")
+            if any(row["density"] > 0 for row in rows):
+                here.console.line(f"plot:   {reporting.plot_levels([run.path], run.plot)}")
+            here.console.line(f"levels: {run.levels_csv}")
 
 
 if __name__ == "__main__":

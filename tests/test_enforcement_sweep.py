@@ -236,7 +236,13 @@ def test_masks_hold(name: str) -> None:
                 assert not bits(value)[pruned].any(), f"{n}: {key} of a pruned weight is not +0.0"
         live += int(torch.count_nonzero(p))
         moved += int((p != start[n])[masks[n]].sum())
-    print("STAT", name, live/masks.kept, moved/masks.kept, [n for n,p in network.named_parameters() if p.grad is None][:3])
+    print(
+        "STAT",
+        name,
+        live / masks.kept,
+        moved / masks.kept,
+        [n for n, p in network.named_parameters() if p.grad is None][:3],
+    )
     assert live <= masks.kept
     assert live > 0.99 * masks.kept
     assert moved > 0.9 * masks.kept

@@ -1,0 +1,1 @@
+"""Sieve's parts, floor by floor; see README for what lies where."""

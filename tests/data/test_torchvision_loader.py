@@ -243,3 +243,16 @@ def test_the_global_random_state_is_left_alone() -> None:
     state = torch.random.get_rng_state()
     collect(train, 0)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_worker_that_dies_stops_the_iteration() -> None:
+    train = loader(Noise(), Shard(0, 1, 1), 2)
+    iterator = iter(train)
+    next(iterator)
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(RuntimeError, match="worker"):
+        list(iterator)
+    train.close()
+    assert no_children()
+    assert len(list(train)) == len(train)
+    train.close()

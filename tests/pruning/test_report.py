@@ -34,7 +34,7 @@ def test_one_row_per_parameter(tmp_path: Path, masks: Masks) -> None:
     model = Small()
     path = tmp_path / "level_00" / "layers.csv"
     write_layers_csv(path, model, masks)
-    table = pd.read_csv(path)
+    table = pd.read_csv(path, float_precision="round_trip")
     assert list(table.columns) == ["name", "shape", "prunable", "numel", "kept", "density", "dead"]
     assert list(table.name) == [name for name, _ in model.named_parameters()]
     rows = table.set_index("name")
@@ -55,7 +55,7 @@ def test_densities_are_in_full_precision(tmp_path: Path, masks: Masks) -> None:
 def test_a_layer_outside_the_masks_is_not_prunable(tmp_path: Path, masks: Masks) -> None:
     path = tmp_path / "layers.csv"
     write_layers_csv(path, Small(), Masks({"conv.weight": masks["conv.weight"]}))
-    rows = pd.read_csv(path).set_index("name")
+    rows = pd.read_csv(path, float_precision="round_trip").set_index("name")
     assert tuple(rows.loc["fc.weight"]) == ("3x7", False, 21, 21, 1.0, False)
 
 

@@ -202,6 +202,26 @@ def test_timm_models_decay_their_layers_weights(name: str) -> None:
     assert decayed_names(model) == expected
 
 
+class Plane(nn.LayerNorm):
+    """A norm that is not called one."""
+
+
+class RmsNormPlane(nn.Module):
+    """A norm that is not torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4, 4))
+
+
+class NormLinear(nn.Linear):
+    """A layer that is called a norm."""
+
+
+def test_norms_are_known_by_kind_not_by_dimensions() -> None:
+    assert decayed_names(nn.Sequential(Plane((4, 4)), RmsNormPlane(), NormLinear(4, 4))) == {"2.weight"}
+
+
 def test_the_models_own_list_is_respected() -> None:
     model = tiny()
     model.no_weight_decay = lambda: {"head.weight"}  # type: ignore[assignment]

@@ -6,7 +6,7 @@ together with the epoch's key, so they hold no state: any number of them gives t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,9 @@ from utils.data.order import Shard
 from utils.data.protocol import Batch, Source
 from utils.data.spec import DataSpec
 from utils.system.errors import UserError
+
+Change = Callable[[Image.Image, int, int], Image.Image]
+"""(image, its place in the batch, side wanted) -> the image as the network sees it."""
 
 
 class Request(NamedTuple):
@@ -161,32 +164,38 @@ class Pixels(Dataset[Made]):
         size = request.size
         pixels = np.empty((len(request.indices), size, size, 3), dtype=np.uint8)
         labels = torch.from_numpy(self.source.labels[request.indices])
-        draw = self._train if self.training else self._evaluate
+        change = self._augmented(request) if self.training else self._centred
         try:
-            for place, index in enumerate(request.indices):
-                pixels[place] = np.asarray(draw(self.source.image(int(index)), int(index), request))
+            for place, index in enumerate(request.indices.tolist()):
+                pixels[place] = np.asarray(change(self.source.image(index), place, size))
         except UserError as error:  # handed over as text: a worker's exception arrives wrapped in its traceback
             return Made(torch.empty(0), torch.empty(0), request.indices, str(error))
         return Made(torch.from_numpy(pixels), labels, request.indices, "")
 
-    def _evaluate(self, image: Image.Image, index: int, request: Request) -> Image.Image:
-        return centre_square(image, self.spec.eval_ratio, request.size)
+    def _centred(self, image: Image.Image, place: int, size: int) -> Image.Image:
+        return centre_square(image, self.spec.eval_ratio, size)
 
-    def _train(self, image: Image.Image, index: int, request: Request) -> Image.Image:
-        spec, key, alone = self.spec, request.key, np.array([index])
-        if spec.augment == "rrc":
-            height, width = np.array([image.height]), np.array([image.width])
-            box = augment.rrc_boxes(key, alone, height, width)[0].tolist()
-            image = F.resized_crop(image, *box, [request.size, request.size], InterpolationMode.BILINEAR)
-        else:
-            image = centre_square(image, 1.0, spec.image_size)
-            if spec.augment == "crop":  # beyond the image is black, pixel value 0
-                y, x = (augment.crop_offsets(key, alone, spec.data.pad)[0] - spec.data.pad).tolist()
-                image = F.crop(image, y, x, spec.image_size, spec.image_size)
-            image = centre_square(image, 1.0, request.size)
-        if spec.flip and augment.flips(key, alone)[0]:
-            image = F.hflip(image)
-        return self._randaugmented(image, key, index) if spec.data.randaugment else image
+    def _augmented(self, request: Request) -> Change:
+        """What training does to the image at each place of a batch; its random numbers are drawn for all at once."""
+        spec, whole, key, indices = self.spec, self.spec.image_size, request.key, request.indices
+        corners = (augment.crop_offsets(key, indices, spec.data.pad) - spec.data.pad).tolist()
+        mirrored = (augment.flips(key, indices) & spec.flip).tolist()
+
+        def change(image: Image.Image, place: int, size: int) -> Image.Image:
+            if spec.augment == "rrc":
+                height, width = np.array([image.height]), np.array([image.width])
+                box = augment.rrc_boxes(key, indices[place : place + 1], height, width)[0].tolist()
+                image = F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR)
+            else:
+                image = centre_square(image, 1.0, whole)
+                if spec.augment == "crop":  # beyond the image is black, pixel value 0
+                    image = F.crop(image, *corners[place], whole, whole)
+                image = centre_square(image, 1.0, size)
+            if mirrored[place]:
+                image = F.hflip(image)
+            return self._randaugmented(image, key, int(indices[place])) if spec.data.randaugment else image
+
+        return change
 
     def _randaugmented(self, image: Image.Image, key: int, index: int) -> Image.Image:
         with torch.random.fork_rng(devices=[]):  # RandAugment draws from torch's global generator

@@ -24,7 +24,6 @@ Builder = Callable[[Groups, params.Optimizer, torch.device], torch.optim.Optimiz
 optimizer: Registry[Builder] = Registry("optimizer")
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _POSITIONS = re.compile(r"pos_|_pos|pos(ition)?_?emb|position|(^|[._])rel(ative)?_|_rel($|[._])")
 _LOOSE = re.compile(r"token|bias|scale|gamma|beta|gain|temperature")
 _STATE = ((torch.optim.SGD, {"momentum_buffer"}), (torch.optim.Adam, {"step", "exp_avg", "exp_avg_sq"}))
@@ -116,10 +115,12 @@ def decayed_names(model: nn.Module) -> set[str]:
 
 
 def _decays(module: nn.Module, prefix: str, leaf: str, p: Tensor) -> bool:
-    if p.dim() < 2 or isinstance(module, _NORMS) or "norm" in type(module).__name__.lower():
+    if p.dim() < 2:
         return False
     if isinstance(module, _LAYERS):
         return "weight" in leaf and "bias" not in leaf
+    if any("norm" in kind.__name__.lower() for kind in type(module).__mro__):
+        return False
     if isinstance(module, nn.Embedding):
         return not _POSITIONS.search(f"{prefix}.{leaf}")
     # A parameter of a module of the model's own: a vector in disguise (class token, layer scale), or known by its name.

@@ -146,6 +146,7 @@ class Trainer:
                 self._optimizer_step(optimizer, stage.lr(step))
                 for extension in extensions:
                     extension.after_step(step)
+                optimizer.zero_grad(set_to_none=True)
                 step += 1
                 if step % self.section.check_every == 0:
                     self._check_losses(totals, stage, step)
@@ -184,7 +185,6 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.section.clip)
         self.scaler.step(optimizer)
         self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
 
     def evaluate_all(self, extensions: Sequence[Extension] = ()) -> Row:
         """Loss and accuracies of val (None without one) and test, of the averaged weights where there is an average."""

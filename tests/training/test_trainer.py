@@ -1,0 +1,230 @@
+"""The trainer against a plain loop, and its promises about steps, marks, extensions and evaluation."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from utils import sparsity
+from utils.masks import Masks, prunable_parameters
+from utils.params.load import build
+from utils.sparsity import Sparsity
+from utils.system.console import Console
+from utils.system.distributed import World
+from utils.system.errors import UserError
+from utils.tasks.classification import ImageClassification
+from utils.training.extension import Extension
+from utils.training.trainer import Stage, Trainer
+
+BATCHES, BATCH = 6, 8
+
+
+class Memory:
+    """A loader of fixed batches, ordered by epoch, that remembers how it was asked."""
+
+    def __init__(self, count: int = BATCHES, size: int = BATCH) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.batches = [
+            (torch.randn(size, 3, 4, 4, generator=generator), torch.randint(3, (size,), generator=generator))
+            for _ in range(count)
+        ]
+        self.samples = count * size
+        self.start_batch = 0
+        self.epoch = 0
+        self.asked: list[tuple[int, int, int]] = []
+
+    def set_epoch(self, level: int, epoch: int, start_batch: int = 0, size: int | None = None) -> None:
+        self.asked.append((level, epoch, start_batch))
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def order(self, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return self.batches[epoch:] + self.batches[:epoch]
+
+    def __iter__(self):
+        start, self.start_batch = self.start_batch, 0
+        return iter(self.order(self.epoch)[start:])
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3))
+
+
+def half(model: nn.Module) -> Masks:
+    generator = torch.Generator().manual_seed(4)
+    return Masks({n: torch.rand(p.shape, generator=generator) < 0.5 for n, p in prunable_parameters(model).items()})
+
+
+def trainer(model: nn.Module, train: Memory | None = None, **keys: object) -> Trainer:
+    base = {"precision": "float32", "batch_size": BATCH * int(str(keys.get("accumulation", 1)))}
+    section = {f"training.{key}": value for key, value in (base | keys).items()}
+    params = build({"levels.count": 1, **section})
+    spec = SimpleNamespace(image_size=4, size_at=lambda progress: None)
+    loaders = SimpleNamespace(train=train or Memory(), val=None, test=Memory(2), spec=spec)
+    place = {"seed": 0, "world": World(), "device": torch.device("cpu"), "console": Console(False)}
+    return Trainer(model, ImageClassification(3), loaders, params.training, params.distributed, **place)
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3)
+
+
+def attached(model: nn.Module) -> tuple[torch.optim.SGD, Sparsity]:
+    optimizer = sgd(model)
+    return optimizer, sparsity.attach(model, optimizer, half(model))
+
+
+def rate(step: int) -> float:
+    return 0.1 / (1 + step)
+
+
+def plain_loop(epochs: int, accumulation: int = 1, clip: float | None = None) -> tuple[nn.Module, list[float]]:
+    """Sixty lines less: what the trainer must come to, written without it."""
+    model, memory = network(), Memory()
+    masks = half(model)
+    masks.apply_(model)
+    optimizer, step, means = sgd(model), 0, []
+    for epoch in range(epochs):
+        losses = []
+        for number, (images, labels) in enumerate(memory.order(epoch)):
+            loss = F.cross_entropy(model(images), labels)
+            (loss / accumulation).backward()
+            losses.append(loss.item())
+            if (number + 1) % accumulation == 0:
+                for name, p in model.named_parameters():
+                    if name in masks:
+                        p.grad[~masks[name]] = 0
+                if clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.param_groups[0]["lr"] = rate(step)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+        means.append(sum(losses) / len(losses))
+    return model, means
+
+
+@pytest.mark.parametrize(("accumulation", "clip"), [(1, None), (2, None), (3, 0.5)])
+def test_training_is_the_plain_loop_bit_for_bit(accumulation: int, clip: float | None) -> None:
+    model = network()
+    optimizer, held = attached(model)
+    rows = trainer(model, accumulation=accumulation, clip=clip or "none").fit(Stage(0, 3, rate), optimizer, held)
+    expected, losses = plain_loop(3, accumulation, clip)
+    for (name, mine), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert [row["train_loss"] for row in rows] == pytest.approx(losses, rel=1e-6)
+    assert [row["step"] for row in rows] == [BATCHES // accumulation * (e + 1) for e in range(3)]
+    assert [row["lr"] for row in rows] == [rate(BATCHES // accumulation * e) for e in range(3)]
+
+
+def test_a_stage_that_starts_inside_an_epoch_skips_its_first_batches() -> None:
+    model, memory = network(), Memory()
+    optimizer, held = attached(model)
+    rows = trainer(model, memory).fit(Stage(2, 2, rate, start=4), optimizer, held)
+    assert memory.asked == [(2, 0, 4), (2, 1, 0)]
+    assert [row["step"] for row in rows] == [6, 12]
+
+
+def test_marks_are_called_once_at_their_step() -> None:
+    model, seen = network(), {}
+    optimizer, held = attached(model)
+    marks = {step: (lambda step=step: seen.__setitem__(step, model[4].weight.detach().clone())) for step in (0, 5, 6)}
+    start = model[4].weight.detach().clone()
+    trainer(model).fit(Stage(0, 1, rate, marks=marks), optimizer, held)
+    assert sorted(seen) == [0, 5, 6]
+    assert torch.equal(seen[0], start * half(model)["4.weight"])
+    assert torch.equal(seen[6], model[4].weight)
+    assert not torch.equal(seen[5], seen[6])
+
+
+def test_extensions_are_called_around_every_step_in_order() -> None:
+    calls: list[tuple[str, int]] = []
+
+    class Spy(Extension):
+        def needs_dense_grad(self, step: int) -> bool:
+            calls.append(("needs", step))
+            return step == 1
+
+        def before_step(self, step: int) -> None:
+            calls.append(("before", step))
+
+        def after_step(self, step: int) -> None:
+            calls.append(("after", step))
+
+        def epoch_end(self, epoch: int) -> dict[str, float]:
+            calls.append(("end", epoch))
+            return {"extra": 1.0}
+
+    model = network()
+    optimizer, held = attached(model)
+    rows = trainer(model, accumulation=2).fit(Stage(0, 1, rate), optimizer, held, [Spy()])
+    expected = [(word, step) for step in range(3) for word in ("needs", "before", "after")] + [("end", 0)]
+    assert calls == expected
+    assert rows[0]["extra"] == 1.0
+
+
+def test_evaluation_counts_every_sample_once_and_leaves_the_model_training() -> None:
+    model = network()
+    here = trainer(model)
+    uneven = Memory(2)
+    uneven.batches.append((torch.randn(3, 3, 4, 4), torch.tensor([0, 1, 2])))
+    found = here.evaluate(uneven)
+    model.eval()
+    images, labels = (torch.cat(part) for part in zip(*uneven.batches, strict=True))
+    with torch.no_grad():
+        logits = model(images)
+    assert found["acc"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    here.evaluate(uneven)
+    assert model.training
+
+
+def test_a_nan_is_found_at_the_next_look() -> None:
+    model, memory = network(), Memory()
+    memory.batches[2][0][0, 0, 0, 0] = float("nan")
+    optimizer, held = attached(model)
+    with pytest.raises(UserError, match=r"level 3, step 4, rank 0: the loss became nan at learning rate 0\.025"):
+        trainer(model, memory, check_every=2).fit(Stage(3, 1, rate), optimizer, held)
+
+
+def test_a_loader_that_ends_early_is_not_silently_accepted() -> None:
+    model = network()
+
+    class Short(Memory):
+        def __iter__(self):
+            return iter(self.batches[:2])
+
+    optimizer, held = attached(model)
+    with pytest.raises(RuntimeError, match="ended after 2 of 6"):
+        trainer(model, Short()).fit(Stage(0, 1, rate), optimizer, held)
+
+
+def test_dropout_depends_on_the_place_in_training_not_on_history() -> None:
+    def run(noise: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 3))
+        optimizer = sgd(model)
+        held = sparsity.attach(model, optimizer, Masks.dense(model))
+        here = trainer(model)
+        torch.rand(noise)
+        here.fit(Stage(0, 2, rate), optimizer, held)
+        return model[2].weight.detach()
+
+    assert torch.equal(run(1), run(17))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_reduced_precision_learns_and_stays_inside(precision: str) -> None:
+    model = network()
+    optimizer, held = attached(model)
+    rows = trainer(model, precision=precision).fit(Stage(0, 6, lambda step: 0.05), optimizer, held)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert held.violations() == []
+    assert model[0].weight.dtype == torch.float32
