@@ -12,6 +12,7 @@ import yaml
 
 from harness_params import load
 from utils.params import Params
+from utils.params.help import help_text
 from utils.params.identity import hashed_fields, run_id
 from utils.params.load import build
 from utils.params.parsing import dump
@@ -53,8 +54,9 @@ def commands(text: str) -> list[list[str]]:
 
 
 COMMENTED = [(path, argv) for path in ALL for argv in commands(comment(path))]
-WRITTEN = [(page.name, argv) for page in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "Makefile"])
-           for argv in commands(page.read_text(encoding="utf-8"))]  # fmt: skip
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]}
+PAGES |= {"Makefile": (ROOT / "Makefile").read_text(encoding="utf-8"), "--help": help_text()}
+WRITTEN = [(page, argv) for page, text in sorted(PAGES.items()) for argv in commands(text)]
 
 
 def experiment(path: str, *more: str) -> Params:
@@ -116,7 +118,7 @@ def test_commands_on_pages_are_valid(page: str, argv: list[str]) -> None:
 
 def test_commands_are_found_where_they_are() -> None:
     assert len(COMMENTED) >= len(ALL)
-    assert "Makefile" in {page for page, _ in WRITTEN}
+    assert {"Makefile", "--help"} <= {page for page, _ in WRITTEN}
     text = "x\n  torchrun --n=2 harness.py --config configs/a.yaml \\\n    --run.seed=1  # why\nharness.py --help\n"
     assert commands(text) == [["--config", "configs/a.yaml", "--run.seed=1"]]
 

@@ -146,6 +146,9 @@ SIZES = {
 
 NAMES = [f"torchvision/{name}" for name in TORCHVISION] + [f"timm/{name}" for name in TIMM.values()]
 
+WITH_ADAMW = NAMES[1::3]
+"""Trained with AdamW; the others with SGD, momentum and weight decay."""
+
 
 def stock_model(name: str) -> nn.Module:
     """The library's own network; without storage, save RegNet, which reads its widths off a tensor."""
@@ -210,42 +213,34 @@ def train_two_steps(network: nn.Module, optimizer: torch.optim.Optimizer, size: 
 def test_masks_hold(name: str) -> None:
     size, seed = SIZES.get(name, 32), zlib.crc32(name.encode())
     network = models.build(name, 10, image_size=size)
-    pruned_weights = weights_to_prune(network)
-    assert list(prunable_parameters(network)) == [n for n, _ in network.named_parameters() if n in pruned_weights]
+    prunable = weights_to_prune(network)
+    assert list(prunable_parameters(network)) == [n for n, _ in network.named_parameters() if n in prunable]
     generator = torch.Generator().manual_seed(seed)
-    masks = Masks({n: random_mask(p.shape, generator) for n, p in prunable_parameters(network).items()})
-    assert masks.kept == sum((3 * p.numel() + 5) // 10 for p in pruned_weights.values())
+    masks = Masks({n: random_mask(p.shape, generator) for n, p in prunable.items()})
+    assert masks.kept == sum((3 * p.numel() + 5) // 10 for p in prunable.values())
 
-    if seed % 3 == 0:
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
+    optimizer: torch.optim.Optimizer
+    if name in WITH_ADAMW:
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
     else:
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    start = {n: p.detach().clone() for n, p in pruned_weights.items()}
     held = sparsity.attach(network, optimizer, masks)
+    start = {n: p.detach().clone() for n, p in prunable.items() if p.numel() <= 1_000_000}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         train_two_steps(network, optimizer, size, seed)
 
-    live = moved = 0
-    for n, p in pruned_weights.items():
-        pruned = ~masks[n]
-        assert not bits(p)[pruned].any(), f"{n}: a pruned weight is not +0.0"
-        assert p.grad is None or not bits(p.grad)[pruned].any(), f"{n}: a pruned weight has a gradient"
-        for key, value in optimizer.state.get(p, {}).items():
-            if isinstance(value, torch.Tensor) and value.shape == p.shape:
-                assert not bits(value)[pruned].any(), f"{n}: {key} of a pruned weight is not +0.0"
+    live = 0
+    for n, p in prunable.items():
+        values = {"weight": p, "gradient": p.grad, **optimizer.state[p]}
+        assert optimizer.state[p], f"{n} was never stepped"
+        for what, value in values.items():
+            if value is not None and value.shape == p.shape:
+                assert not bits(value).masked_fill(masks[n], 0).any(), f"{n}: the {what} of a pruned weight is not +0.0"
         live += int(torch.count_nonzero(p))
-        moved += int((p != start[n])[masks[n]].sum())
-    print(
-        "STAT",
-        name,
-        live / masks.kept,
-        moved / masks.kept,
-        [n for n, p in network.named_parameters() if p.grad is None][:3],
-    )
-    assert live <= masks.kept
-    assert live > 0.99 * masks.kept
-    assert moved > 0.9 * masks.kept
+    assert 0.99 * masks.kept < live <= masks.kept
+    still = sum(int(((prunable[n] == before) & masks[n]).sum()) for n, before in start.items())
+    assert still < 0.01 * sum(masks.counts[n] for n in start), "the kept weights did not move"
     assert held.masks is masks
     assert held.violations() == []
     stock = stock_model(name)

@@ -224,8 +224,8 @@ def test_help_lists_every_key_and_every_method(
 def test_help_of_another_entry_point_names_it_and_its_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = help_of(capsys, monkeypatch, usage="python -m utils.pruning")
-    assert text.startswith("usage: python -m utils.pruning --config FILE")
+    text = help_of(capsys, monkeypatch, usage="python -m utils.pruning --out FILE")
+    assert text.startswith("usage: python -m utils.pruning --out FILE\n")
     assert re.search(r"--out VALUE +where it goes", text)
 
 

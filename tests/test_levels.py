@@ -115,6 +115,9 @@ def test_level_by_level_is_the_whole_run(finished: RunDir, tmp_path: Path) -> No
     for number in range(3):
         directory = run(config(tmp_path, levels__only=number))
     assert comparable(directory) == comparable(finished)
+    assert directory.config.read_text().replace(str(tmp_path), "") == finished.config.read_text().replace(
+        str(finished.path.parent), ""
+    )
 
 
 def test_a_run_broken_in_mid_level_ends_with_the_same_bits(finished: RunDir, tmp_path: Path, monkeypatch) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -63,7 +64,10 @@ class Record:
         else:
             record = {"inputs": self.inputs, **environment.describe(self._world, self._device)}
             write_json(self.dir.environment, record)
-        write_text(self.dir.config, yaml.safe_dump(dump(self.params), sort_keys=False))
+        # What this process alone was asked for is left out: passed back, the file runs the whole plan.
+        run, levels = replace(self.params.run, plan=False), replace(self.params.levels, only=None)
+        whole = replace(self.params, run=run, levels=levels)
+        write_text(self.dir.config, yaml.safe_dump(dump(whole), sort_keys=False))
         self.status("running")
 
     def _compare(self) -> None:

@@ -30,7 +30,9 @@ CLASS_NAMES = ["ant", "bee", "cat"]
 class Pictures:
     """A source of random images of several sizes; `bad` maps an index to what happens there."""
 
-    def __init__(self, count: int = 200, sizes: tuple[int, ...] = (24, 40), seed: int = 0, bad: dict | None = None) -> None:
+    def __init__(
+        self, count: int = 200, sizes: tuple[int, ...] = (24, 40), seed: int = 0, bad: dict | None = None
+    ) -> None:
         rng = np.random.default_rng(seed)
         shapes = [(sizes[i % len(sizes)], sizes[(i // 2) % len(sizes)], 3) for i in range(count)]
         self.images = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
@@ -150,7 +152,10 @@ def test_images_that_do_not_fit_one_page_go_to_the_next(tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_unreadable_image_is_named_and_leaves_nothing(tmp_path, workers):
     spec = spec_of(tmp_path)
-    for error, words in ((OSError("broken data stream"), "image 100 .*broken data stream"), (UserError("bee/7.jpg"), "bee/7")):
+    for error, words in (
+        (OSError("broken data stream"), "image 100 .*broken data stream"),
+        (UserError("bee/7.jpg"), "bee/7"),
+    ):
         with pytest.raises(UserError, match=words):
             beton.write(Pictures(bad={100: raiser(error)}), tmp_path / "b" / "x.beton", spec, workers)
         assert list((tmp_path / "b").iterdir()) == []
@@ -234,7 +239,15 @@ def test_a_foreign_file_is_refused(tmp_path, written):
 
 @pytest.mark.parametrize(
     ("place", "kind", "value"),
-    [(8, "<Q", 2**60), (8, "<Q", 0), (8, "<Q", 2**64 - 1), (16, "<Q", 2**62), (16, "<Q", 0), (4, "<I", 0), (4, "<I", 3 << 20)],
+    [
+        (8, "<Q", 2**60),
+        (8, "<Q", 0),
+        (8, "<Q", 2**64 - 1),
+        (16, "<Q", 2**62),
+        (16, "<Q", 0),
+        (4, "<I", 0),
+        (4, "<I", 3 << 20),
+    ],
 )
 def test_absurd_header_values_are_refused_before_memory_is_taken(tmp_path, written, place, kind, value):
     spec, blob, _ = written
@@ -330,7 +343,7 @@ def test_files_of_another_folder_are_refused_and_a_moved_folder_is_not(tmp_path)
     picture_folders(spec.directory, per_class=9)
     (tmp_path / "third").mkdir()
     picture_folders(tmp_path / "third", per_class=5)
-    with pytest.raises(UserError, match="written from .*set, not from .*third"):
+    with pytest.raises(UserError, match=r"written from .*set, not from .*third"):
         beton.ensure(resolve(params.Data(**{**vars(spec.data), "root": str(tmp_path / "third")})), 1, download=False)
 
 

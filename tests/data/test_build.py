@@ -257,11 +257,15 @@ def test_take_gives_the_first_batches_and_ends_the_iteration(root: Path, kind: s
 
 
 class Counting:
-    """A loader that overwrites its one buffer, and notes whether its iteration was ended."""
+    """A loader that overwrites its one buffer, keeps its iterator, and notes whether that was ended."""
 
     ended = 0
 
     def __iter__(self) -> Iterator[Any]:
+        self.iterator = self.batches()
+        return self.iterator
+
+    def batches(self) -> Iterator[Any]:
         buffer = torch.zeros(2)
         try:
             for number in range(5):

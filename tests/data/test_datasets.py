@@ -63,6 +63,7 @@ def test_class_folders_are_listed_sorted_and_hidden_and_other_files_ignored(tmp_
     root = folders(tmp_path, ["zebra", "ape", "Bee"])
     write(root / "train" / "ape" / ".hidden.png")
     write(root / "train" / ".cache" / "x.png")
+    write(root / "train" / "ape" / ".cache" / "x.png")
     (root / "train" / "ape" / "notes.txt").write_text("no image")
     (root / "train" / "stray.png").write_bytes(b"")
     write(root / "train" / "ape" / "deeper" / "10.JPEG", 99)

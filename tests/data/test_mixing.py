@@ -78,6 +78,23 @@ def test_lambda_follows_its_beta_distribution() -> None:
         assert abs(np.var(shares) - 1 / (4 * (2 * alpha + 1))) < 0.02
 
 
+def test_cutmix_boxes_have_the_published_sizes_and_places() -> None:
+    """Shares kept over many keys, against the formulas of the paper drawn from another generator."""
+    images = torch.zeros(2, 1, 50, 80)
+    kept = [float(mix(images, LABELS[:2], 2, 0.0, 1.0, key)[1].diagonal().min()) for key in range(2000)]
+    kept = [share for share in kept if share < 1]  # a batch of two keeps its order half of the time
+    draws = np.random.default_rng(1)
+    share, y, x = draws.random((3, 200_000))
+    half = np.sqrt(1 - share) / 2
+    height = np.minimum(y + half, 1) - np.maximum(y - half, 0)
+    width = np.minimum(x + half, 1) - np.maximum(x - half, 0)
+    expected = 1 - height * width
+    assert abs(np.mean(kept) - expected.mean()) < 0.04
+    assert (
+        np.abs(np.quantile(kept, [0.1, 0.25, 0.5, 0.75]) - np.quantile(expected, [0.1, 0.25, 0.5, 0.75])).max() < 0.06
+    )
+
+
 def test_without_either_images_stay_and_targets_are_one_hot() -> None:
     images, targets = mix(IMAGES, LABELS, CLASSES, 0.0, 0.0, 0)
     assert torch.equal(images, IMAGES)

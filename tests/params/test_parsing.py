@@ -98,6 +98,8 @@ def test_taken(dotted: str, raw: object, value: object) -> None:
         ("optimizer.lr", "0"),
         ("optimizer.lr", True),
         ("optimizer.lr", "1,5"),
+        ("optimizer.lr", "1_0"),
+        ("optimizer.lr", "٣.٥"),
         ("optimizer.lr", {}),
         ("optimizer.momentum", "1"),
         ("levels.rate", 0),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from utils.data import beton_format
+from utils.data import allowed_cpus, beton_format
 from utils.data.beton_format import MEND
 from utils.data.beton_writer import Encoder, Progress, write_images
 from utils.data.datasets import SPLITS, open_split
@@ -50,11 +49,6 @@ def path_of(spec: DataSpec, split: str) -> Path:
 def sidecar_of(path: Path) -> Path:
     """The JSON file beside `path` that describes it."""
     return path.with_suffix(".json")
-
-
-def allowed_cpus() -> int:
-    """CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write(source: Source, path: Path, spec: DataSpec, workers: int, progress: bool = False) -> None:

@@ -185,7 +185,7 @@ class EpochReader:
         return flat
 
     def _through_stages(self, slot: Slot, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        stages, outputs = self.loader.code
+        stages, _ = self.loader.code
         guard: Any = torch.cuda.stream(slot.stream) if slot.stream is not None else contextlib.nullcontext()
         with guard:
             if slot.stream is not None and slot.read is not None:
@@ -197,7 +197,8 @@ class EpochReader:
                 arguments.update({f"result_{node}": result for node, result in zip(defined, results, strict=True)})
             if slot.stream is not None:
                 slot.copied = slot.stream.record_event()
-        return tuple(arguments[f"result_{node}"] for node in outputs)
+        leaves = self.loader.graph.leaf_nodes  # by name: a file may hold its label first
+        return tuple(arguments[f"result_{leaves[name].id}"] for name in ("image", "label"))
 
     def close(self) -> None:
         """End the thread after the batch in hand, and the page readers; give the buffers back. Does nothing twice."""

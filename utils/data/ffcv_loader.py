@@ -9,9 +9,8 @@ import numba
 import numpy as np
 import torch
 
-from utils.data import augment, beton_format
+from utils.data import allowed_cpus, augment, beton_format
 from utils.data.batching import Batching
-from utils.data.beton import allowed_cpus
 from utils.data.ffcv_epoch import EpochReader, Job
 from utils.data.ffcv_import import Compiler, Loader, OrderOption, ToDevice, ToTensor, kept_torch_threads
 from utils.data.ffcv_ops import BOX_Y, COLUMNS, HEIGHT, MIRROR, OFFSET, SHIFT_Y, WIDTH, LabelDecoder, PlannedDecoder
@@ -135,11 +134,16 @@ def _ffcv_loader(beton: Path, decoder: PlannedDecoder, device: torch.device, wor
     Compiler.set_enabled(False)  # the decoders are compiled already; wrapping them again costs seconds per loader
     try:
         with kept_torch_threads():
-            return Loader(
+            loader = Loader(
                 str(beton), batch_size=1, num_workers=workers, os_cache=os_cache, pipelines=pipelines, **options
             )
     finally:
         Compiler.set_enabled(True)
+    if os_cache:
+        # Sets per sample that only FFCV's own orders and page cache read: hundreds of megabytes for a million images.
+        manager = loader.memory_manager
+        manager.ptr_to_size, manager.sample_to_pages, manager.page_to_samples = {}, {}, {}
+    return loader
 
 
 def make(

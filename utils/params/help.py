@@ -11,10 +11,12 @@ from utils.system.registry import HOMES, declared
 
 _WIDTH = 110
 
-_USAGE = "torchrun [--standalone --nproc-per-node=N] harness.py"
+_USAGE = (
+    "torchrun [--standalone --nproc-per-node=N] harness.py --config FILE [--config FILE ...] [--section.key=value ...]"
+)
 
 _TEXT = """\
-usage: {usage} --config FILE [--config FILE ...] [--section.key=value ...]
+usage: {usage}
 
 Sieve trains sparse networks: prune, rewind, train, record, level after level.
 
@@ -43,7 +45,7 @@ _PLURALS = {
 
 
 def help_text(usage: str = "", options: Mapping[str, str] | None = None) -> str:
-    """The whole text. `usage` names the entry point, `options` are its own options with their help."""
+    """The whole text. `usage` is how the entry point is called, `options` are its own options with their help."""
     parts = [_TEXT.format(usage=usage or _USAGE)]
     parts[0] += "".join(f"  --{name} VALUE".ljust(18) + f"{text}\n" for name, text in (options or {}).items())
     for section, cls in sections().items():
