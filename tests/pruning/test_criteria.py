@@ -60,6 +60,9 @@ def test_random_depends_on_seed_and_name_only() -> None:
     for name, score in first.items():
         assert torch.equal(score, longer[name])
         assert not torch.equal(score, other[name])
+    without = Masks.dense(net(6, 5, 4), exclude=["0.*"])
+    alone = PruningHarness(Pruning(criterion="random"), seed=3).score(net(6, 5, 4), without)
+    assert torch.equal(alone["1.weight"], first["1.weight"])
     square = scores("random", net(5, 5, 5), seed=3)
     assert not torch.equal(square["0.weight"], square["1.weight"])
 

@@ -5,7 +5,7 @@ It raises UserError, naming the folder and the mend, when the data is missing or
 
 Traits
     classes         number of classes; None: found by scanning (`folder`)
-    size            side of a training image, pixels; None: the largest of what fits, see utils/data/resolve.py
+    size            side of a training image, pixels; None: 224 (see utils/data/resolve.py)
     augment, flip   what the field does to training images ("none", "crop", "rrc"; horizontal mirror)
     mean, std       of the training pixels, 0 to 255, per RGB channel
     max_resolution  longest side in .beton files; None: from the image size
