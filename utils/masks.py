@@ -117,7 +117,7 @@ class Masks(Mapping[str, torch.Tensor]):
         self._same_places(other)
         return Masks({name: t & other[name] for name, t in self.items()})
 
-    def __or__(self, other: Masks) -> Masks:  # type: ignore[override]
+    def __or__(self, other: Masks) -> Masks:
         self._same_places(other)
         return Masks({name: t | other[name] for name, t in self.items()})
 

@@ -72,6 +72,7 @@ def test_old_torch_format_and_a_name_without_suffix(state: dict[str, torch.Tenso
         lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
         lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
         lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
+        lambda state: {f"module.module.{key}": value for key, value in state.items()},
         lambda state: {key.replace("layer1.", "layer1._orig_mod."): value for key, value in state.items()},
         lambda state: {"state_dict": collections.OrderedDict((f"module.{key}", value) for key, value in state.items())},
     ],
@@ -123,10 +124,11 @@ def test_head_of_equal_classes_is_kept_silently(
     assert not caplog.records
 
 
-def test_head_of_other_features_is_refused(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    state["fc.weight"] = torch.zeros(10, 128)
+@pytest.mark.parametrize("classes", [10, 100])
+def test_head_of_other_features_is_refused(classes: int, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    state["fc.weight"] = torch.zeros(classes, 128)
     torch.save(state, tmp_path / "w.pth")
-    assert "fc.weight (10x128 float32, the model's is 10x64 float32)" in refusal(tmp_path / "w.pth")
+    assert f"fc.weight ({classes}x128 float32, the model's is 10x64 float32)" in refusal(tmp_path / "w.pth")
 
 
 def test_missing_keys_are_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:

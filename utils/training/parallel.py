@@ -15,11 +15,12 @@ from utils.system.distributed import World, active
 def to_channels_last(model: nn.Module) -> None:
     """Put convolution weights into NHWC order, in place.
 
-    1x1 weights stay contiguous: their strides are ambiguous, which makes DDP copy every such gradient.
+    The strides of 1x1 weights are ambiguous: they are given those that the convolution's own gradient has, for DDP
+    copies every gradient whose strides are not the weight's.
     """
     for parameter in model.parameters():
-        if parameter.dim() == 4 and parameter.shape[2:] != (1, 1):
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if parameter.dim() == 4:
+            parameter.data = torch.empty_like(parameter, memory_format=torch.channels_last).copy_(parameter.data)
 
 
 def wrap(model: nn.Module, section: params.Distributed, device: torch.device, compiled: bool) -> nn.Module:

@@ -80,7 +80,7 @@ class Trainer:
         self.dtype = precision.choose(training.precision, device)
         self.wrapped = wrap(model, distributed, device, training.compile)
         # Evaluation goes around DDP: ranks may have different numbers of batches there.
-        self.forward = model if not training.compile else torch.compile(model)
+        self.forward: Any = torch.compile(model) if training.compile else model
         self.steps_per_epoch = len(loaders.train) // training.accumulation
         warm(self.wrapped, model, self._dummy_backward, world)
 
