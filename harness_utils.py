@@ -39,7 +39,7 @@ def process(params: Params) -> Iterator[Process]:
     try:
         device = distributed.choose_device(params.run.device, world)
         _settle_torch(params)
-        _prepare(params)
+        _prepare(params, world)
         distributed.start(world, device, params.distributed.backend, params.distributed.timeout)
         yield Process(world, device, Console(world.main))
         distributed.stop()
@@ -66,11 +66,14 @@ def print_plan(params: Params) -> None:
         sys.exit(EXIT_BAD_INPUT)
 
 
-def _prepare(params: Params) -> None:
-    from utils import data
+def _prepare(params: Params, world: World) -> None:
+    from utils import data, models
+    from utils.params.checks import check_ranks
 
+    check_ranks(params, world.size)
+    models.check_name(params.model.name)
     # Before the process group starts: writing .beton files can outlast any sensible collective timeout.
-    data.prepare(params)
+    data.prepare(params, world.local_size)
 
 
 def _settle_torch(params: Params) -> None:

@@ -255,6 +255,7 @@ def test_changed_inputs_stop_the_run_and_are_named(finished: RunDir, tmp_path: P
         ({"data__subset": 100000}, r"data\.subset"),
         ({"model__pretrained": "absent.safetensors"}, r"absent\.safetensors"),
         ({"schedule__warmup": "9ep"}, r"schedule\.warmup"),
+        ({"distributed__sync_batchnorm": True}, r"distributed\.sync_batchnorm=true needs GPUs"),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(tmp_path: Path, keys: dict, message: str) -> None:

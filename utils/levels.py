@@ -32,7 +32,7 @@ from utils.tasks.classification import ImageClassification
 from utils.training.averaging import ExponentialAverage
 from utils.training.extension import Extension
 from utils.training.optimizers import build_optimizer
-from utils.training.parallel import to_channels_last
+from utils.training.parallel import synchronise_batchnorm, to_channels_last
 from utils.training.schedules import lr_at
 from utils.training.trainer import Row, Stage, Trainer
 
@@ -59,7 +59,7 @@ class Driver:
                 seed=params.run.seed,
             ).to(device)
             if params.distributed.sync_batchnorm:
-                self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+                self.model = synchronise_batchnorm(self.model, device)
             if training.channels_last:
                 to_channels_last(self.model)
             self.initial = _copy(files.state_of(self.model))

@@ -363,13 +363,28 @@ def test_a_partial_read_leaves_no_thread(files, os_cache):
     assert own_threads() == before
 
 
-def test_a_partial_read_ends_quickly(files):
-    loader = load(files, "square", spec_of(), shard=Shard(0, 1, 1))
-    next(iter(loader))
-    started = time.monotonic()
+def test_a_partial_read_ends_with_the_batch_in_hand(files, monkeypatch):
+    loader, original, calls = load(files, "square", spec_of()), ffcv_loader.augment.crop_offsets, []
+
+    def slowly(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            time.sleep(0.5)
+        return original(*arguments)
+
+    monkeypatch.setattr(ffcv_loader.augment, "crop_offsets", slowly)
     for _, _ in loader:
         break
-    assert time.monotonic() - started < 2.0
+    assert len(calls) <= 3
+
+
+def test_reading_on_after_close_is_an_error(files):
+    loader = load(files, "square", spec_of())
+    batches = iter(loader)
+    next(batches)
+    loader.close()
+    with pytest.raises(RuntimeError, match="was closed"):
+        next(batches)
 
 
 def test_held_batches_keep_their_pixels_and_labels(files):
@@ -387,8 +402,12 @@ def test_held_batches_keep_their_pixels_and_labels(files):
     assert same(read(loader), copies)
 
 
-def test_the_page_cache_of_the_process_gives_the_same_batches(files):
-    for name in ("square", "jpeg"):
+def test_the_page_cache_of_the_process_gives_the_same_batches(files, tmp_path):
+    rng = np.random.default_rng(1)
+    source = Pictures([rng.integers(0, 256, (250, 250, 3), dtype=np.uint8) for _ in range(40)], np.arange(40) % 7)
+    beton.write(source, tmp_path / "pages.beton", spec_of(), 1)
+    files = {**files, "pages": (tmp_path / "pages.beton", source)}
+    for name in ("square", "jpeg", "pages"):
         spec, cached = (spec_of(augment="rrc", os_cache=mapped) for mapped in (True, False))
         assert same(read(load(files, name, spec), 0, 1), read(load(files, name, cached), 0, 1))
 

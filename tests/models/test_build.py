@@ -116,6 +116,14 @@ def test_unknown_names_are_refused_in_one_line(name: str, words: list[str]) -> N
         assert word in str(caught.value)
 
 
+def test_names_are_checked_without_building() -> None:
+    for name in ("cifar/resnet20", "torchvision/vit_h_14", "timm/vit_giant_patch14_224", "timm/resnet18.a1_in1k"):
+        models.check_name(name)
+    for name in ("cifar/resnet21", "resnet18", "torchvision/resnet19", "timm/resnet19x", "torchvision/raft_small"):
+        with pytest.raises(UserError, match=rf"^model\.name: .*{name}"):
+            models.check_name(name)
+
+
 @pytest.mark.parametrize(
     ("name", "size"),
     [

@@ -12,7 +12,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -21,6 +21,7 @@ import torch
 
 from utils.data.ffcv_import import Loader, kept_torch_threads
 from utils.data.ffcv_ops import COLUMNS, FAILED, OFFSET, PlannedDecoder
+from utils.data.protocol import Batch
 from utils.system.errors import UserError
 
 SLOTS = 4
@@ -63,14 +64,11 @@ class Slot:
     stream: torch.cuda.Stream | None = None
     copied: torch.cuda.Event | None = None
     read: torch.cuda.Event | None = None
-    outputs: tuple[torch.Tensor, ...] = field(default=())
+    outputs: tuple[torch.Tensor, ...] = ()
 
 
 class EpochReader:
-    """Iterate once: (images uint8 [B, S, S, 3], labels int64 [B, 1]) on the device, each valid until the next one.
-
-    Raises, at the batch where it happened, whatever the pipeline raised: UserError for an image that cannot be decoded.
-    """
+    """One pass over a job's batches: `read` it once, then `close` it, whatever happened."""
 
     def __init__(self, loader: Loader, decoder: PlannedDecoder, job: Job, device: torch.device, workers: int) -> None:
         self.loader, self.job, self.device, self.workers = loader, job, device, workers
@@ -106,7 +104,13 @@ class EpochReader:
                 slot.read = torch.cuda.current_stream(self.device).record_event()
             yield slot
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def read(self, copy: Callable[[int, torch.Tensor, torch.Tensor], Batch]) -> Iterator[Batch]:
+        """Yield `copy(number, images, labels)` for every batch: images uint8 [B, S, S, 3], labels int64 [B, 1].
+
+        Both are on the device and hold something else as soon as `copy` has returned.
+        Raises, at the batch where it happened, whatever the pipeline raised: UserError for an image that is damaged.
+        """
+        number = 0
         while True:
             got = self._wait()
             if got is None:
@@ -115,15 +119,19 @@ class EpochReader:
                 raise got
             if got.stream is not None:
                 torch.cuda.current_stream(self.device).wait_stream(got.stream)
-            yield got.outputs
+            batch = copy(number, *got.outputs)
             got.outputs = ()
             if got.stream is not None:
-                # Whatever the reader launched on this batch comes before the next copy into its buffers.
+                # What `copy` launched comes before the next copy into these buffers.
                 got.read = torch.cuda.current_stream(self.device).record_event()
             self._free.put(got)
+            yield batch
+            number += 1
 
     def _wait(self) -> Slot | BaseException | None:
         while True:
+            if self._closed:
+                raise RuntimeError(f"{self.loader.fname}: the loader was closed while an epoch was being read")
             with contextlib.suppress(queue.Empty):
                 return self._ready.get(timeout=POLL_SECONDS)
             if not self._thread.is_alive() and self._ready.empty():

@@ -80,11 +80,14 @@ class FFCVLoader(Batching):
         self._readers.add(reader)
         try:
             corners, cutout = self._corners(batches, key, side)
-            for step, (pixels, labels) in enumerate(reader):
+
+            def finish(number: int, pixels: torch.Tensor, labels: torch.Tensor) -> Batch:
                 images = augment.normalise(pixels, self._mean, self._std, self.channels_last)
                 if corners is not None:
-                    augment.erase(images, corners[step], cutout)
-                yield images, labels.reshape(-1).clone()
+                    augment.erase(images, corners[number], cutout)
+                return images, labels.reshape(-1).clone()
+
+            yield from reader.read(finish)
         finally:
             reader.close()
             self._readers.discard(reader)

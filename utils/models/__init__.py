@@ -35,6 +35,10 @@ _ZOOS = {"torchvision/": "utils.models.torchvision_zoo", "timm/": "utils.models.
 class Zoo(Protocol):
     """A module that builds a library's networks by the library's own names."""
 
+    def check(self, name: str) -> None:
+        """Raise UserError for a name that is not the library's."""
+        ...
+
     def construct(self, name: str, num_classes: int, image_size: int | None, tag: str) -> nn.Module:
         """The network with fresh weights, or with the published ones called `tag`."""
         ...
@@ -74,6 +78,16 @@ def build(
     return network.train()
 
 
+def check_name(name: str) -> None:
+    """Raise UserError, with the nearest names, unless `build` knows the network called `name`."""
+    zoo, short = _zoo(name)
+    if zoo is not None:
+        zoo.check(short)
+    elif name not in model:
+        known = nearest(name, model.names())
+        raise UserError(f"model.name: unknown {name!r}{known} (or torchvision/<name>, timm/<name>)")
+
+
 def _zoo(name: str) -> tuple[Zoo | None, str]:
     """The library behind `name` and the name it has there; None for a network registered here."""
     for prefix, home in _ZOOS.items():
@@ -87,9 +101,7 @@ def _construct(name: str, num_classes: int, image_size: int | None, tag: str) ->
     zoo, short = _zoo(name)
     if zoo is not None:
         return zoo.construct(short, num_classes, image_size, tag)
-    if name not in model:
-        known = nearest(name, model.names())
-        raise UserError(f"model.name: unknown {name!r}{known} (or torchvision/<name>, timm/<name>)")
+    check_name(name)
     if tag:
         raise UserError(f"model.pretrained: {name} has no published weights {tag!r}; give a file or leave it empty")
     return model[name](num_classes)

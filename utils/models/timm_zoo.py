@@ -19,11 +19,7 @@ def construct(name: str, num_classes: int, image_size: int | None, tag: str) -> 
     """
     import timm
 
-    if not timm.is_model(name):
-        known = timm.list_models()
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(f'timm/{c}' for c in close)}?" if close else "see timm.list_models()"
-        raise UserError(f"model.name: unknown timm/{name}; {hint}")
+    check(name)
     full = _with_tag(name, tag)
     options = {"num_classes": num_classes, **_size_option(full, image_size)}
     try:
@@ -40,6 +36,16 @@ def construct(name: str, num_classes: int, image_size: int | None, tag: str) -> 
     if tag and config is not None and config.num_classes != num_classes:
         pretrained.say_new_head(f"timm/{name} {tag}", config.num_classes, num_classes)
     return network
+
+
+def check(name: str) -> None:
+    """Raise UserError unless `name` is one of timm's models."""
+    import timm
+
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(f'timm/{c}' for c in close)}?" if close else "see timm.list_models()"
+        raise UserError(f"model.name: unknown timm/{name}; {hint}")
 
 
 def loaded(network: nn.Module, name: str, file_name: str) -> None:

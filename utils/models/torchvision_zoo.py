@@ -25,7 +25,7 @@ def construct(name: str, num_classes: int, image_size: int | None, tag: str) -> 
     """
     from torchvision import models
 
-    _check(name)
+    check(name)
     options: dict[str, Any] = {"num_classes": num_classes}
     if name in _AUXILIARY:
         options.update(aux_logits=False, init_weights=True)
@@ -66,7 +66,8 @@ def _size_option(name: str, size: int) -> dict[str, Any]:
     return {}
 
 
-def _check(name: str) -> None:
+def check(name: str) -> None:
+    """Raise UserError unless `name` is one of torchvision's image classifiers."""
     from torchvision import models
 
     known = models.list_models(module=models)

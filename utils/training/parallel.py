@@ -10,6 +10,7 @@ from torch import nn
 
 from utils import params
 from utils.system.distributed import World, active
+from utils.system.errors import UserError
 
 
 def to_channels_last(model: nn.Module) -> None:
@@ -21,6 +22,21 @@ def to_channels_last(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = torch.empty_like(parameter, memory_format=torch.channels_last).copy_(parameter.data)
+
+
+def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with BatchNorm statistics over all ranks at every step; state_dict keys stay. One process: as it is.
+
+    Raises UserError on a CPU, for which torch has no such layer.
+    """
+    if device.type != "cuda":
+        raise UserError("distributed.sync_batchnorm=true needs GPUs; set it to false on CPUs")
+    if not active():
+        return model
+    from timm.layers import convert_sync_batchnorm  # torch's own does not know timm's norm-and-activation layers
+
+    converted: nn.Module = convert_sync_batchnorm(model)
+    return converted
 
 
 def wrap(model: nn.Module, section: params.Distributed, device: torch.device, compiled: bool) -> nn.Module:
