@@ -243,3 +243,19 @@ def test_a_model_is_freed_when_nothing_else_holds_it() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_an_optimizer_that_moves_weights_without_gradients_is_held_too() -> None:
+    class Restless(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.add_(1.0)
+
+    model = network()
+    masks = random_masks(model)
+    optimizer = Restless(model.parameters(), lr=0.1)
+    attach(model, optimizer, masks)
+    optimizer.step()
+    assert_inside(model, optimizer, masks)
+    assert model[6].weight.detach()[masks["6.weight"]].gt(0.5).any()

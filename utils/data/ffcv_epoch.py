@@ -19,8 +19,8 @@ import numba
 import numpy as np
 import torch
 
-from utils.data.ffcv_import import Loader, kept_torch_threads
-from utils.data.ffcv_ops import COLUMNS, FAILED, OFFSET, PlannedDecoder
+from utils.data.ffcv_ops import COLUMNS, FAILED, OFFSET
+from utils.data.ffcv_pipeline import Pipeline
 from utils.data.protocol import Batch
 from utils.system.errors import UserError
 
@@ -70,9 +70,8 @@ class Slot:
 class EpochReader:
     """One pass over a job's batches: `read` it once, then `close` it, whatever happened."""
 
-    def __init__(self, loader: Loader, decoder: PlannedDecoder, job: Job, device: torch.device, workers: int) -> None:
-        self.loader, self.job, self.device, self.workers = loader, job, device, workers
-        self._decoder_node = next(node.id for node in loader.graph.nodes if getattr(node, "decoder", None) is decoder)
+    def __init__(self, pipeline: Pipeline, job: Job, device: torch.device, workers: int) -> None:
+        self.pipeline, self.job, self.device, self.workers = pipeline, job, device, workers
         canvas = (workers, job.canvas, job.canvas, 3)
         decoded = np.empty((workers, job.largest), np.uint8)
         self._scratch = (decoded, np.empty(canvas, np.uint8), np.empty(canvas, np.uint8))
@@ -82,7 +81,7 @@ class EpochReader:
         for slot in self._slots:
             self._free.put(slot)
         self._stop = threading.Event()
-        self._context = loader.memory_manager.schedule_epoch(job.batches)
+        self._context = pipeline.memory_manager.schedule_epoch(job.batches)
         self._context.__enter__()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="sieve-ffcv", daemon=True)
@@ -90,8 +89,7 @@ class EpochReader:
 
     def _make_slots(self) -> Iterator[Slot]:
         rows = max(len(batch) for batch in self.job.batches)
-        with kept_torch_threads():
-            memory = self.loader.graph.allocate_memory(rows, SLOTS)
+        memory = self.pipeline.graph.allocate_memory(rows, SLOTS)
         for place in range(SLOTS):
             own = {
                 kind: {node: _part(buffer, place) for node, buffer in buffers.items()}
@@ -131,13 +129,13 @@ class EpochReader:
     def _wait(self) -> Slot | BaseException | None:
         while True:
             if self._closed:
-                raise RuntimeError(f"{self.loader.fname}: the loader was closed while an epoch was being read")
+                raise RuntimeError(f"{self.pipeline.file}: the loader was closed while an epoch was being read")
             with contextlib.suppress(queue.Empty):
                 return self._ready.get(timeout=POLL_SECONDS)
             if not self._thread.is_alive() and self._ready.empty():
-                raise RuntimeError(f"{self.loader.fname}: the reading thread ended without a word")
+                raise RuntimeError(f"{self.pipeline.file}: the reading thread ended without a word")
             if any(not reader.is_alive() for reader in self._page_readers()):
-                raise RuntimeError(f"{self.loader.fname}: a page reader died (is the file still there?); see above")
+                raise RuntimeError(f"{self.pipeline.file}: a page reader died (is the file still there?); see above")
 
     def _page_readers(self) -> list[threading.Thread]:
         executor = getattr(self._context, "executor", None)
@@ -167,18 +165,20 @@ class EpochReader:
         arguments: dict[str, Any] = {
             "batch_indices": batch,
             "storage_state": self._context.state,
-            "metadata": self.loader.reader.metadata,
+            "metadata": self.pipeline.reader.metadata,
         }
         for kind, prefix in (("operation", "memory"), ("shared", "shared_memory")):
             for node, buffer in slot.memory.get(kind, {}).items():
                 arguments[f"{prefix}_{node}"] = None if buffer is None else buffer[:count]
-        out = arguments[f"memory_{self._decoder_node}"]
-        arguments[f"memory_{self._decoder_node}"] = (out, plan, self.job.pad, storage, *self._scratch)
+        decoder = f"memory_{self.pipeline.node(self.pipeline.decoder)}"
+        arguments[decoder] = (arguments[decoder], plan, self.job.pad, storage, *self._scratch)
         slot.outputs = self._through_stages(slot, arguments)
         failed = np.flatnonzero(plan[:, FAILED])
         if len(failed):
             sample = int(batch[failed[0]])
-            raise UserError(f"{self.loader.fname}: image {sample} is damaged; delete the file to have it written again")
+            raise UserError(
+                f"{self.pipeline.file}: image {sample} is damaged; delete the file to have it written again"
+            )
 
     def _storage(self, plan: np.ndarray) -> np.ndarray:
         """The bytes images are read from, read-only uint8 [n]; the plan's offsets become places in them."""
@@ -193,20 +193,18 @@ class EpochReader:
         return flat
 
     def _through_stages(self, slot: Slot, arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        stages, _ = self.loader.code
         guard: Any = torch.cuda.stream(slot.stream) if slot.stream is not None else contextlib.nullcontext()
         with guard:
             if slot.stream is not None and slot.read is not None:
                 slot.stream.wait_event(slot.read)
-            for place, (stage, defined) in enumerate(stages):
+            for place, (stage, defined) in enumerate(self.pipeline.stages):
                 # Even stages are the decoders', odd ones torch's.
                 with _kernel if place % 2 == 0 and self.workers > 1 else contextlib.nullcontext():
                     results = stage(**arguments)
                 arguments.update({f"result_{node}": result for node, result in zip(defined, results, strict=True)})
             if slot.stream is not None:
                 slot.copied = slot.stream.record_event()
-        leaves = self.loader.graph.leaf_nodes  # by name: a file may hold its label first
-        return tuple(arguments[f"result_{leaves[name].id}"] for name in ("image", "label"))
+        return tuple(arguments[f"result_{self.pipeline.leaf(name)}"] for name in ("image", "label"))
 
     def close(self) -> None:
         """End the thread after the batch in hand, and the page readers; give the buffers back. Does nothing twice."""

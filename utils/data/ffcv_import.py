@@ -1,6 +1,6 @@
 """FFCV, imported with its side effects undone: everything of it that Sieve uses comes from here.
 
-Importing FFCV sets torch to one thread, and so does building a pipeline; `kept_torch_threads` puts the count back.
+Importing FFCV sets torch to one thread; `kept_torch_threads` puts the count back.
 On Python 3.12 and later FFCV needs the `distutils` that setuptools brings. Raises UserError when FFCV is not installed.
 """
 
@@ -34,10 +34,13 @@ with kept_torch_threads():
         from ffcv.fields.basics import IntDecoder
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         from ffcv.libffcv import ctypes_imdecode, ctypes_resize
-        from ffcv.loader import Loader, OrderOption
-        from ffcv.pipeline import Compiler
+        from ffcv.memory_managers import OSCacheManager, ProcessCacheManager
+        from ffcv.memory_managers.os_cache import OSCacheContext
+        from ffcv.pipeline import Compiler, PipelineSpec
         from ffcv.pipeline.allocation_query import AllocationQuery
+        from ffcv.pipeline.graph import Graph
         from ffcv.pipeline.state import State
+        from ffcv.reader import Reader
         from ffcv.transforms import ToDevice, ToTensor
     except (ImportError, OSError) as error:
         raise UserError(
@@ -48,9 +51,13 @@ with kept_torch_threads():
 __all__ = [
     "AllocationQuery",
     "Compiler",
+    "Graph",
     "IntDecoder",
-    "Loader",
-    "OrderOption",
+    "OSCacheContext",
+    "OSCacheManager",
+    "PipelineSpec",
+    "ProcessCacheManager",
+    "Reader",
     "SimpleRGBImageDecoder",
     "State",
     "ToDevice",

@@ -12,8 +12,8 @@ import torch
 from utils.data import allowed_cpus, augment, beton_format
 from utils.data.batching import Batching
 from utils.data.ffcv_epoch import EpochReader, Job
-from utils.data.ffcv_import import Compiler, Loader, OrderOption, ToDevice, ToTensor, kept_torch_threads
-from utils.data.ffcv_ops import BOX_Y, COLUMNS, HEIGHT, MIRROR, OFFSET, SHIFT_Y, WIDTH, LabelDecoder, PlannedDecoder
+from utils.data.ffcv_ops import BOX_Y, COLUMNS, HEIGHT, MIRROR, OFFSET, SHIFT_Y, WIDTH, PlannedDecoder
+from utils.data.ffcv_pipeline import Pipeline
 from utils.data.order import Shard
 from utils.data.protocol import Batch
 from utils.data.spec import DataSpec
@@ -54,8 +54,8 @@ class FFCVLoader(Batching):
             raise UserError(f"{beton}: holds {header.samples} samples and image {self.indices.max()} is asked for")
         sizes = self._table[self.indices]
         self._largest = int((3 * sizes[:, HEIGHT] * sizes[:, WIDTH]).max(initial=1))
-        self._decoder = PlannedDecoder(self._side(), parallel=self.workers > 1)
-        self._loader = _ffcv_loader(beton, self._decoder, device, self.workers, spec.data.os_cache)
+        decoder = PlannedDecoder(self._side(), parallel=self.workers > 1)
+        self._pipeline = Pipeline(beton, decoder, device, spec.data.os_cache)
         self._readers: set[EpochReader] = set()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -75,8 +75,8 @@ class FFCVLoader(Batching):
     def _read(self, batches: list[np.ndarray], key: int, side: int) -> Iterator[Batch]:
         if not batches:
             return
-        self._decoder.side = side
-        reader = EpochReader(self._loader, self._decoder, self._job(batches, key), self.device, self.workers)
+        self._pipeline.decoder.side = side
+        reader = EpochReader(self._pipeline, self._job(batches, key), self.device, self.workers)
         self._readers.add(reader)
         try:
             corners, cutout = self._corners(batches, key, side)
@@ -127,26 +127,6 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.nd
     """Centre squares (y, x, side, side), int(ratio * shorter side) wide, of images of the given sizes: int64 [n, 4]."""
     sides = np.maximum(1, (ratio * np.minimum(heights, widths)).astype(np.int64))
     return np.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], axis=1)
-
-
-def _ffcv_loader(beton: Path, decoder: PlannedDecoder, device: torch.device, workers: int, os_cache: bool) -> Loader:
-    """FFCV's loader of a file: its reader, page cache and pipeline. Its order, iterator and compiler are not used."""
-    on_device = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
-    pipelines = {"image": [decoder, ToTensor(), *on_device], "label": [LabelDecoder(), ToTensor(), *on_device]}
-    options = {"order": OrderOption.SEQUENTIAL, "distributed": False, "drop_last": False, "seed": 0}
-    Compiler.set_enabled(False)  # the decoders are compiled already; wrapping them again costs seconds per loader
-    try:
-        with kept_torch_threads():
-            loader = Loader(
-                str(beton), batch_size=1, num_workers=workers, os_cache=os_cache, pipelines=pipelines, **options
-            )
-    finally:
-        Compiler.set_enabled(True)
-    if os_cache:
-        # Sets per sample that only FFCV's own orders and page cache read: hundreds of megabytes for a million images.
-        manager = loader.memory_manager
-        manager.ptr_to_size, manager.sample_to_pages, manager.page_to_samples = {}, {}, {}
-    return loader
 
 
 def make(
