@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import cv2
+import numba
 import numpy as np
 import pytest
 import torch
@@ -172,6 +173,8 @@ def test_pixels_are_the_same_for_any_workers_ranks_and_run(files, monkeypatch):
     two = load(files, "square", spec, workers=2)
     assert (one.workers, two.workers) == (1, 2)
     assert same(first, read(two, 1, 2))
+    odd = [read(load(files, "square", spec, shard=Shard(0, 1, 19), workers=workers)) for workers in (1, 2)]
+    assert same(*odd)
     halves = [read(load(files, "square", spec, shard=Shard(rank, 2, 20)), 1, 2) for rank in range(2)]
     joined = [(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in zip(halves[0], halves[1], strict=True)]
     assert same(first, joined)
@@ -494,8 +497,13 @@ def test_workers_are_capped_and_torch_keeps_its_threads(files):
         torch.set_num_threads(before)
 
 
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", textwrap.dedent(program)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+
+
 def test_import_keeps_torch_threads_and_the_process_ends_quietly(files):
-    program = f"""
+    done = run(f"""
         import torch
         torch.set_num_threads(3)
         import numpy as np
@@ -512,10 +520,7 @@ def test_import_keeps_torch_threads_and_the_process_ends_quietly(files):
         print(sum(len(labels) for _, labels in loader))
         held = iter(loader)
         next(held)  # and the process ends with the thread at work
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=240, check=False
-    )
+    """)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "200\n"
     assert done.stderr == ""
@@ -523,7 +528,6 @@ def test_import_keeps_torch_threads_and_the_process_ends_quietly(files):
 
 def test_files_pass_between_this_writer_and_ffcvs_own(files, tmp_path, capfd):
     from ffcv.fields import IntField, RGBImageField
-    from ffcv.loader import Loader, OrderOption
     from ffcv.writer import DatasetWriter
 
     source = files["mixed"][1]
@@ -545,10 +549,27 @@ def test_files_pass_between_this_writer_and_ffcvs_own(files, tmp_path, capfd):
         assert beton.labels(turned).tolist() == source.labels.tolist()
         first, *others = [read(load({"x": (f, source)}, "x", spec, training=False)) for f in (ours, own, turned)]
         assert all(same(first, other) for other in others)
-    square, source = files["square"]
-    torch_threads = torch.get_num_threads()
-    loader = Loader(str(square), 10, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False)
-    images, labels = (torch.cat(parts) for parts in zip(*((a.clone(), b.clone()) for a, b in loader), strict=True))
-    torch.set_num_threads(torch_threads)
-    assert np.array_equal(images.numpy(), np.stack(source.images))
-    assert labels.reshape(-1).tolist() == source.labels.tolist()
+
+
+def test_ffcvs_own_loader_reads_what_is_written(files, tmp_path):
+    """In a process of its own: FFCV's loader changes numba's types in place."""
+    path, source = files["square"]
+    done = run(f"""
+        import numpy as np, torch
+        from ffcv.loader import Loader, OrderOption
+        loader = Loader({str(path)!r}, 10, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False)
+        images, labels = (torch.cat(parts) for parts in zip(*((a.clone(), b.clone()) for a, b in loader)))
+        np.savez({str(tmp_path / "read.npz")!r}, images=images.numpy(), labels=labels.numpy())
+    """)
+    assert done.returncode == 0, done.stderr
+    got = np.load(tmp_path / "read.npz")
+    assert np.array_equal(got["images"], np.stack(source.images))
+    assert got["labels"].reshape(-1).tolist() == source.labels.tolist()
+
+
+def test_numbas_types_stay_as_they_are(files):
+    """FFCV's loader marks numba's one type of byte arrays read-only, after which compiled code is not found again."""
+    arrays = [numba.types.uint8[::1], numba.types.uint64[::1], numba.types.uint8[:, ::1], numba.types.uint32[::1]]
+    for os_cache in (True, False):
+        read(load(files, "square", spec_of(os_cache=os_cache)))
+    assert all(array.mutable for array in arrays)

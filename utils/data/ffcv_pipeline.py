@@ -27,7 +27,7 @@ from utils.data.ffcv_ops import LabelDecoder, PlannedDecoder
 
 
 class MappedFile(OSCacheManager):
-    """FFCV's reading through the system's page cache, without tables and compiled code that only its own decoders use."""
+    """FFCV's reading through the system's page cache, without the tables and code that only its own decoders use."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +13,13 @@ from torch import nn
 from utils import params
 from utils.system.distributed import World, active
 from utils.system.errors import UserError
+
+# torch 2.13 renamed the option and warns about the old name.
+_NO_BUFFER_BROADCAST: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
 
 
 def to_channels_last(model: nn.Module) -> None:
@@ -49,7 +58,7 @@ def wrap(model: nn.Module, section: params.Distributed, device: torch.device, co
         wrapped = nn.parallel.DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **_NO_BUFFER_BROADCAST,
             gradient_as_bucket_view=True,
             find_unused_parameters=section.find_unused_parameters,
         )
