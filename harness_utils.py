@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from utils.system import distributed
 from utils.system.console import Console
 from utils.system.distributed import World
 from utils.system.errors import EXIT_BAD_INPUT, UserError
+
+QUIET_SECONDS = 5.0
+"""How long the ranks beside local rank 0 keep an error that the user can mend to themselves."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,9 @@ def _prepare(params: Params, world: World) -> None:
 def _settle_torch(params: Params) -> None:
     if params.run.threads is not None:
         torch.set_num_threads(params.run.threads)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+    # float32 means float32; those who want speed take bfloat16.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = not params.run.deterministic
     if params.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -88,7 +93,11 @@ def _settle_torch(params: Params) -> None:
 
 
 def _end(params: Params, world: World, message: str, code: int) -> None:
-    prefix = f"[rank {world.rank}] " if world.size > 1 else ""
+    if code == EXIT_BAD_INPUT and world.local_rank > 0:
+        # What is wrong for all is told by local rank 0; torchrun ends this process when that one is gone. What is
+        # wrong here alone is told a moment later.
+        time.sleep(QUIET_SECONDS)
+    prefix = f"[rank {world.rank}] " if world.local_rank > 0 else ""
     print(prefix + message, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
         fail(params, message)

@@ -7,8 +7,10 @@ from utils.data.datasets import dataset
 from utils.data.resolve import resolve
 from utils.data.spec import DataSpec
 from utils.data.splits import split
+from utils.levels import check_steps
 from utils.masks import Masks
 from utils.params import Params
+from utils.params.checks import check_ranks
 from utils.params.plan import Level, level_plan
 from utils.record import run_dir
 from utils.system.distributed import World
@@ -22,7 +24,10 @@ def describe(params: Params, world: World) -> str:
     """The level table, optimizer steps, disk and memory of the run, as text. Reads data labels; writes nothing."""
     spec = resolve(params.data)
     plan = level_plan(params)
+    check_ranks(params, world.size)
     per_epoch = _steps_per_epoch(params, spec)
+    if per_epoch is not None:
+        check_steps(params, plan, per_epoch)
     network = models.build(params.model.name, spec.classes, image_size=spec.image_size, seed=params.run.seed)
     weights = sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() for b in network.buffers())

@@ -6,9 +6,11 @@ safetensors reader is the stock model's.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,14 +31,26 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
         save_file(stored, str(temporary), dict(metadata))
 
 
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors. Raises UserError as `load_tensors` does."""
+    with _opened(path) as handle:
+        return dict(handle.metadata() or {})
+
+
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file. Raises UserError that names a missing, truncated or foreign file."""
+    with _opened(path) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file (on several nodes run.root must be a folder they share)")
     try:
         with safe_open(str(path), "pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
+            yield handle
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a whole safetensors file ({reason}); make it anew") from error

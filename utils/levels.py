@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -21,7 +22,7 @@ from utils.params.checks import check_ranks
 from utils.params.plan import Level, level_plan
 from utils.pruning.report import write_layers_csv
 from utils.record import EpochsCsv, Record, run_dir
-from utils.rewinding import Rewinding
+from utils.rewinding import Rewinding, check_rewind
 from utils.system import distributed
 from utils.system.atomic import write_json
 from utils.system.console import Console, number
@@ -63,7 +64,8 @@ class Driver:
             if training.channels_last:
                 to_channels_last(self.model)
             self.initial = _copy(files.state_of(self.model))
-            distributed.agree("initial weights", files.digest(self.initial))
+            self.initial_digest = files.digest(self.initial)
+            distributed.agree("initial weights", self.initial_digest)
             self.task = ImageClassification(
                 spec.classes, training.label_smoothing, params.data.mixup, params.data.cutmix, training.test_flip
             )
@@ -80,7 +82,7 @@ class Driver:
             )
             self.sparsity = sparsity.attach(self.model, None, Masks.dense(self.model, params.pruning.exclude))
             self.rewinding = Rewinding(params, self.trainer, run_dir(params))
-            self._check_steps()
+            check_steps(params, self.plan, self.trainer.steps_per_epoch)
             self.harness = pruning.PruningHarness(params.pruning, seed=params.run.seed, loss=self.task.scoring_loss)
             self.record = Record(params, self.loaders, self.trainer.dtype, world, device)
         except BaseException:
@@ -98,7 +100,7 @@ class Driver:
             wanted = self._wanted()
             distributed.from_main(self.record.start)
             for level in wanted:
-                if distributed.exists(self.dir.level(level.number).row):
+                if distributed.from_main(functools.partial(self._done, level)):
                     self.console.line(f"level {level.number}: done already")
                 else:
                     self._level(level)
@@ -106,6 +108,21 @@ class Driver:
         finally:
             self.loaders.close()
         return self.dir
+
+    def _done(self, level: Level) -> bool:
+        """Whether the level's row is there and was made from the weights its source has now. Rank 0 looks."""
+        place = self.dir.level(level.number)
+        if not place.row.exists():
+            return False
+        if level.source is None:
+            source = self.initial_digest
+        else:
+            source = reporting.read_row(self.dir.level(level.source).row)["weights_digest"]
+        if place.mask.exists() and _source_of(place.mask) == source:
+            return True
+        self.console.line(f"level {level.number}: was made from other weights, running it again")
+        place.row.unlink()
+        return False
 
     def _wanted(self) -> list[Level]:
         only = self.params.levels.only
@@ -165,25 +182,28 @@ class Driver:
         return files.load_weights(path)
 
     def _prune(self, level: Level, place: LevelDir, source: dict[str, torch.Tensor]) -> Masks:
-        """The level's masks: read when they are there, else computed on every rank and written by rank 0."""
+        """The level's masks: read when they were made from `source`, else computed by every rank, written by rank 0."""
+        dense = Masks.dense(self.model, self.params.pruning.exclude)
+        # Scores see every gradient: the masks of the level before are still attached.
+        self.sparsity.watch(None)
+        self.sparsity.set(dense)
         files.put_weights(self.model, source)
-        if distributed.exists(place.mask):
+        live = dense if level.source is None else Masks.load(self.dir.level(level.source).mask, self.model)
+        digest = files.digest(source)
+        if distributed.from_main(lambda: place.mask.exists() and _source_of(place.mask) == digest):
             masks = Masks.load(place.mask, self.model)
         else:
-            live = Masks.dense(self.model, self.params.pruning.exclude)
-            if level.source is not None:
-                live = Masks.load(self.dir.level(level.source).mask, self.model)
-            masks = live
-            if level.density < 1.0:
-                masks = self.harness.prune(self.model, live, level.density).masks
-            distributed.from_main(functools.partial(self._save_masks, place, masks))
+            masks = self.harness.prune(self.model, live, level.density).masks if level.density < 1.0 else live
+            distributed.from_main(functools.partial(self._save_masks, place, masks, digest))
+        if not masks <= live:
+            raise UserError(f"{place.mask}: keeps weights that level {level.source} pruned; delete it and run again")
         distributed.agree(f"masks of level {level.number}", masks.digest)
         return masks
 
-    def _save_masks(self, place: LevelDir, masks: Masks) -> None:
+    def _save_masks(self, place: LevelDir, masks: Masks, source: str) -> None:
         # layers.csv first: the mask file's presence says that the stage is done.
         write_layers_csv(place.layers, self.model, masks)
-        masks.save(place.mask)
+        masks.save(place.mask, source=source)
 
     def _pruned_accuracy(self, level: Level, source: dict[str, torch.Tensor], masks: Masks) -> float | None:
         """Test accuracy right after pruning, before rewinding and training; None where nothing trained was pruned."""
@@ -244,13 +264,6 @@ class Driver:
             final = lr_at(max(first - 1, 0), params.schedule, params.optimizer.lr, first, per_epoch)
         return lambda step: final
 
-    def _check_steps(self) -> None:
-        """Refuse steps that only the number of steps per epoch shows to lie outside training."""
-        for level in self.plan:
-            if level.epochs:
-                self._rate(level)(0)
-        self.rewinding.check(self.plan)
-
     def _extensions(self, masks: Masks) -> list[Extension]:
         """What acts during training besides the trainer."""
         decay = self.params.training.ema
@@ -266,6 +279,18 @@ class Driver:
         distributed.agree(f"weights at {moment}", files.digest(files.state_of(self.model)))
         if violations := self.sparsity.violations():
             raise RuntimeError(f"{moment}: pruned weights of {violations[0]!r} are not 0.0")
+
+
+def check_steps(params: Params, plan: list[Level], steps_per_epoch: int) -> None:
+    """Raise UserError for a step that lies outside training, which only the number of steps per epoch shows."""
+    for level in plan:
+        if level.epochs:
+            lr_at(0, params.schedule, params.optimizer.lr, level.epochs * steps_per_epoch, steps_per_epoch)
+    check_rewind(params, plan, steps_per_epoch)
+
+
+def _source_of(mask: Path) -> str | None:
+    return files.load_metadata(mask).get("source")
 
 
 def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -160,11 +160,11 @@ class Masks(Mapping[str, torch.Tensor]):
         for name, tensor in self.items():
             parameters[name].masked_fill_(~tensor.to(parameters[name].device), 0.0)
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file of uint8 0/1 tensors; the digest is in its metadata."""
+    def save(self, path: str | Path, **metadata: str) -> None:
+        """Write a safetensors file of uint8 0/1 tensors; its metadata holds the digest and what is given here."""
         tensors = {name: t.to(torch.uint8) for name, t in self.items()}
-        metadata = {"format": FORMAT, "digest": self.digest, "kept": str(self.kept), "total": str(self.total)}
-        files.save_tensors(path, tensors, metadata)
+        own = {"format": FORMAT, "digest": self.digest, "kept": str(self.kept), "total": str(self.total)}
+        files.save_tensors(path, tensors, {**metadata, **own})
 
     @staticmethod
     def load(path: str | Path, model: nn.Module | None = None) -> Masks:

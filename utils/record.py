@@ -15,15 +15,16 @@ import torch
 import yaml
 
 from utils import reporting
-from utils.data import Loaders
+from utils.data import Loaders, default_workers
 from utils.masks import Masks
+from utils.models.pretrained import local_file
 from utils.params import Params
 from utils.params.identity import run_id
 from utils.params.parsing import dump
 from utils.params.plan import Level
 from utils.system import environment
 from utils.system.atomic import sha256, write_json, write_text
-from utils.system.distributed import World
+from utils.system.distributed import World, from_main
 from utils.system.errors import UserError
 from utils.system.rundir import RunDir
 
@@ -49,12 +50,28 @@ class Record:
         self.params = params
         self.dir = run_dir(params)
         self._world, self._device = world, device
-        pretrained = Path(params.model.pretrained)
+        pretrained = local_file(params.model.pretrained)
         self.inputs = {
             "loader": loaders.loader,
             "precision": str(dtype).removeprefix("torch."),
-            "pretrained": sha256(pretrained) if params.model.pretrained and pretrained.is_file() else None,
+            "pretrained": from_main(lambda: sha256(pretrained)) if pretrained is not None else None,
             **{f"data {split}": digest for split, digest in loaders.digests.items()},
+        }
+
+        spec, training = loaders.spec, params.training
+        self.settled = {
+            "device": str(device),
+            "precision": self.inputs["precision"],
+            "workers": params.data.workers or default_workers(world.local_size),
+            "order_seed": params.run.seed if params.data.order_seed is None else params.data.order_seed,
+            "image_size": spec.image_size,
+            "eval_size": spec.eval_size,
+            "augment": spec.augment,
+            "flip": spec.flip,
+            "write_mode": spec.write_mode,
+            "max_resolution": spec.max_resolution,
+            "eval_batch_size": training.eval_batch_size
+            or 2 * training.batch_size // (world.size * training.accumulation),
         }
 
     def start(self) -> None:
@@ -62,7 +79,8 @@ class Record:
         if self.dir.environment.is_file():
             self._compare()
         else:
-            record = {"inputs": self.inputs, **environment.describe(self._world, self._device)}
+            record = {"inputs": self.inputs, "auto": self.settled}
+            record |= environment.describe(self._world, self._device)
             write_json(self.dir.environment, record)
         # What this process alone was asked for is left out: passed back, the file runs the whole plan.
         run, levels = replace(self.params.run, plan=False), replace(self.params.levels, only=None)
@@ -123,10 +141,13 @@ class Record:
         }
 
     def finish(self, levels: list[int]) -> None:
-        """Rebuild the tables and, when every level is there, say that the run is done."""
+        """Rebuild levels.csv and say whether the run is done, or which levels are."""
         reporting.rebuild(self.dir)
-        if all(self.dir.level(number).row.is_file() for number in levels):
+        done = [number for number in levels if self.dir.level(number).row.is_file()]
+        if len(done) == len(levels):
             self.status("done")
+        else:
+            self.status("partial", levels=done)
 
     def status(self, state: str, **more: Any) -> None:
         """Write status.json."""
@@ -134,10 +155,14 @@ class Record:
 
 
 def fail(params: Params, reason: str) -> None:
-    """Mark a run that has begun as failed."""
-    directory = run_dir(params)
-    if directory.status.is_file():
-        write_json(directory.status, {"state": "failed", "reason": reason})
+    """Mark a run that is under way as failed. The first reason stays: the other ranks fail because one did."""
+    path = run_dir(params).status
+    try:
+        running = json.loads(path.read_text(encoding="utf-8"))["state"] == "running"
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if running:
+        write_json(path, {"state": "failed", "reason": reason})
 
 
 class EpochsCsv:

@@ -30,21 +30,13 @@ class Rewinding:
         self.levels = params.levels
         self.trainer = trainer
         self.file = run.level(0).rewind
-        self.captures = params.levels.rewind == "wr" and params.pruning.moment != "init"
+        self.captures = rewinds_to_step(params)
 
     @property
     def step(self) -> int:
         """The rewind step, in optimizer steps."""
         assert self.levels.rewind_step is not None
         return self.levels.rewind_step.at(self.trainer.steps_per_epoch)
-
-    def check(self, plan: list[Level]) -> None:
-        """Raise UserError when some level would have nothing left to train after the rewind step."""
-        if self.captures and len(plan) > 1:
-            total = min(level.epochs for level in plan) * self.trainer.steps_per_epoch
-            if self.step >= total:
-                key = f"levels.rewind_step={self.levels.rewind_step}"
-                raise UserError(f"{key}: training has only {total} steps; choose an earlier step")
 
     def marks(self, level: Level, optimizer: torch.optim.Optimizer) -> dict[int, Callable[[], None]]:
         """What the trainer calls at which step of `level`: level 0 stores the rewind point."""
@@ -53,11 +45,14 @@ class Rewinding:
 
         def capture() -> None:
             state = self.trainer.averaged_state()
-            moments = optimizer_state(self.trainer.model, optimizer)
-            tensors = {f"model.{k}": v for k, v in state.items()} | {f"optimizer.{k}": v for k, v in moments.items()}
-            distributed.from_main(lambda: files.save_tensors(self.file, tensors, {"step": str(self.step)}))
+            distributed.from_main(lambda: self._save(state, optimizer))
 
         return {self.step: capture}
+
+    def _save(self, state: State, optimizer: torch.optim.Optimizer) -> None:
+        moments = optimizer_state(self.trainer.model, optimizer)
+        tensors = {f"model.{k}": v for k, v in state.items()} | {f"optimizer.{k}": v for k, v in moments.items()}
+        files.save_tensors(self.file, tensors, {"step": str(self.step)})
 
     def restore(self, level: Level, initial: State, source: State, optimizer: torch.optim.Optimizer) -> int:
         """Put the weights `level` trains from into the model. Returns the step its schedule starts at.
@@ -83,6 +78,21 @@ class Rewinding:
         if self.levels.rewind_optimizer:
             load_optimizer_state(self.trainer.model, optimizer, _part(stored, "optimizer."))
         return self.step if self.levels.rewind_schedule == "continue" else 0
+
+
+def rewinds_to_step(params: Params) -> bool:
+    """Whether some level returns to a step of level 0."""
+    return params.levels.rewind == "wr" and params.pruning.moment != "init"
+
+
+def check_rewind(params: Params, plan: list[Level], steps_per_epoch: int) -> None:
+    """Raise UserError when some level would have nothing left to train after the rewind step."""
+    step = params.levels.rewind_step
+    if not rewinds_to_step(params) or step is None or len(plan) < 2:
+        return
+    total = min(level.epochs for level in plan) * steps_per_epoch
+    if step.at(steps_per_epoch) >= total:
+        raise UserError(f"levels.rewind_step={step}: training has only {total} steps; choose an earlier step")
 
 
 def _part(tensors: State, prefix: str) -> dict[str, torch.Tensor]:

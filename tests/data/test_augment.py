@@ -16,8 +16,14 @@ INDICES = np.random.default_rng(0).permutation(5000)[:64]
 
 
 def draw(index: int, stream: int) -> float:
-    with np.errstate(over="ignore"):
-        return stateless.uniform_scalar(KEY, int(index), stream)
+    """The draw of one sample in Python's own integers: SplitMix64's finaliser, applied twice."""
+    word, z = 0xFFFFFFFFFFFFFFFF, KEY
+    for salt in (int(index), stream + 1):
+        z = (z + salt * 0x9E3779B97F4A7C15) & word
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & word
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & word
+        z ^= z >> 31
+    return (z >> 11) / 2**53
 
 
 def pictures(n: int, height: int, width: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import logging
 import multiprocessing
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import data as package
 from utils import params
 from utils.data import Loaders, build, default_workers, open_split, prepare, take
 from utils.data.order import Shard, epoch_order
@@ -209,7 +209,7 @@ def test_missing_data_is_refused_before_anything_is_written(tmp_path: Path, kind
 
 
 def test_workers_are_capped_to_the_allowed_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(package.os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
     assert [default_workers(ranks) for ranks in (1, 2, 3, 8)] == [3, 1, 1, 1]
     loaders = build(config(tmp_path, "torchvision"), Shard(0, 1, 100), CPU, False, workers=64)
     assert loaders.train._workers == 3  # type: ignore[attr-defined]

@@ -1,124 +1,28 @@
-"""The FFCV loader: order, pixels, ends of threads, errors. Small files, few loaders; all in one process."""
+"""The FFCV loader: order and pixels. Small files, few loaders; all in one process."""
 
 from __future__ import annotations
 
-import gc
 import math
-import subprocess
-import sys
-import textwrap
-import threading
-import time
-from pathlib import Path
 
 import cv2
-import numba
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytestmark = [pytest.mark.ffcv, pytest.mark.xdist_group("ffcv")]
 
 pytest.importorskip("ffcv", reason="FFCV is not installed")
 
-from utils import params  # noqa: E402
-from utils.data import allowed_cpus, beton, ffcv_epoch, ffcv_loader, stateless  # noqa: E402
+from tests.data import ffcv_cases  # noqa: E402
+from tests.data.ffcv_cases import CPU, MEAN, SAMPLES, STD, Pictures, load, read, same, spec_of  # noqa: E402
+from utils.data import beton, ffcv_loader, stateless  # noqa: E402
 from utils.data.device_loader import DeviceLoader  # noqa: E402
 from utils.data.order import Shard, epoch_order  # noqa: E402
-from utils.data.spec import DataSpec  # noqa: E402
-from utils.system.errors import UserError  # noqa: E402
-
-CPU = torch.device("cpu")
-SAMPLES = 203
-MEAN, STD = (120.5, 99.25, 131.0), (61.5, 70.25, 58.75)
-
-
-class Pictures:
-    def __init__(self, images: list[np.ndarray], labels: np.ndarray) -> None:
-        self.images, self.labels, self.classes = images, labels, [str(label) for label in range(7)]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def image(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index])
-
-    def digest(self) -> str:
-        return "pictures"
-
-
-def spec_of(mode: str = "raw", plain: bool = False, **options: object) -> DataSpec:
-    """`plain`: pixels come out as they are stored."""
-    data = {key: options.pop(key) for key in ("pad", "cutout", "os_cache") if key in options}
-    settled = {"image_size": 16, "eval_size": 16, "augment": "crop", "flip": True, "eval_ratio": 1.0, **options}
-    if plain:
-        settled |= {"augment": "none", "flip": False}
-    return DataSpec(
-        name="folder",
-        directory=Path("/nowhere"),
-        betons=Path("/nowhere"),
-        classes=7,
-        max_resolution=400,
-        write_mode=mode,
-        mean=(0.0, 0.0, 0.0) if plain else MEAN,
-        std=(1.0, 1.0, 1.0) if plain else STD,
-        data=params.Data(name="folder", **{"pad": 3, **data}),
-        **settled,
-    )
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """.beton files and what they hold: square (16 px), numbered (pixel = index), mixed sizes raw and as JPEG."""
-    folder = tmp_path_factory.mktemp("betons")
-    rng = np.random.default_rng(0)
-    square = [rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(SAMPLES)]
-    numbered = [np.full((16, 16, 3), i, np.uint8) for i in range(SAMPLES)]
-    sizes = [(40, 30), (16, 16), (24, 64), (90, 20), (16, 20)]
-    mixed = [smooth(rng, *sizes[i % len(sizes)]) for i in range(60)]
-    found = {}
-    for name, images, mode in (
-        ("square", square, "raw"),
-        ("numbered", numbered, "raw"),
-        ("mixed", mixed, "raw"),
-        ("jpeg", mixed, "jpg"),
-    ):
-        source = Pictures(images, np.arange(len(images)) % 7)
-        found[name] = (folder / f"{name}.beton", source)
-        beton.write(source, found[name][0], spec_of(mode), 1)
-    return found
-
-
-def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A picture JPEG keeps well."""
-    coarse = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
-def load(files, name: str, spec: DataSpec, indices: np.ndarray | None = None, shard: Shard | None = None, **options):
-    path, source = files[name]
-    options = {
-        "training": True,
-        "order_seed": 5,
-        "channels_last": False,
-        "workers": 1,
-        "eval_batch_size": 16,
-        **options,
-    }
-    indices = np.arange(len(source)) if indices is None else indices
-    return ffcv_loader.make(spec, path, indices, shard or Shard(0, 1, 20, 1), CPU, **options)
-
-
-def read(loader, level: int = 0, epoch: int = 0, start: int = 0, size: int | None = None):
-    loader.set_epoch(level, epoch, start, size)
-    return list(loader)
-
-
-def same(left, right) -> bool:
-    return len(left) == len(right) and all(
-        torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(left, right, strict=True)
-    )
+    return ffcv_cases.write_files(tmp_path_factory.mktemp("betons"))
 
 
 def indices_in(batches) -> list[list[int]]:
@@ -339,72 +243,6 @@ def test_start_batch_continues_where_an_epoch_was_left(files):
         loader.set_epoch(0, 0, len(whole) + 1)
 
 
-def own_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread is not threading.main_thread() and thread.is_alive()]
-
-
-@pytest.mark.parametrize("os_cache", [True, False])
-def test_a_partial_read_leaves_no_thread(files, os_cache):
-    before = own_threads()
-    loader = load(files, "square", spec_of(os_cache=os_cache))
-    for _ in range(3):
-        for _, _ in loader:
-            break
-    assert own_threads() == before
-    open_one = iter(loader)
-    next(open_one)
-    other = iter(loader)
-    next(other)
-    assert len(own_threads()) > len(before)
-    loader.close()
-    assert own_threads() == before
-    loader.close()
-    assert len(read(loader)) == len(loader)
-    never_started = iter(loader)
-    del open_one, other, never_started
-    gc.collect()
-    assert own_threads() == before
-
-
-def test_a_partial_read_ends_with_the_batch_in_hand(files, monkeypatch):
-    loader, original, calls = load(files, "square", spec_of()), ffcv_loader.augment.crop_offsets, []
-
-    def slowly(*arguments):
-        calls.append(arguments)
-        if len(calls) > 1:
-            time.sleep(0.5)
-        return original(*arguments)
-
-    monkeypatch.setattr(ffcv_loader.augment, "crop_offsets", slowly)
-    for _, _ in loader:
-        break
-    assert len(calls) <= 3
-
-
-def test_reading_on_after_close_is_an_error(files):
-    loader = load(files, "square", spec_of())
-    batches = iter(loader)
-    next(batches)
-    loader.close()
-    with pytest.raises(RuntimeError, match="was closed"):
-        next(batches)
-
-
-def test_held_batches_keep_their_pixels_and_labels(files):
-    loader = load(files, "square", spec_of(), shard=Shard(0, 1, 5))
-    loader.set_epoch(0, 0)
-    held, copies = [], []
-    for images, labels in loader:
-        held.append((images, labels))
-        copies.append((images.clone(), labels.clone()))
-    assert len(held) == 40
-    assert same(held, copies)
-    for images, labels in held:
-        images.zero_()
-        labels.zero_()
-    assert same(read(loader), copies)
-
-
 def test_the_page_cache_of_the_process_gives_the_same_batches(files, tmp_path):
     rng = np.random.default_rng(1)
     source = Pictures([rng.integers(0, 256, (250, 250, 3), dtype=np.uint8) for _ in range(40)], np.arange(40) % 7)
@@ -413,163 +251,3 @@ def test_the_page_cache_of_the_process_gives_the_same_batches(files, tmp_path):
     for name in ("square", "jpeg", "pages"):
         spec, cached = (spec_of(augment="rrc", os_cache=mapped) for mapped in (True, False))
         assert same(read(load(files, name, spec), 0, 1), read(load(files, name, cached), 0, 1))
-
-
-def test_an_error_in_the_pipeline_reaches_the_reader(files, monkeypatch):
-    loader = load(files, "square", spec_of())
-    original, calls = ffcv_loader.augment.crop_offsets, []
-
-    def break_down(*arguments):
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise ArithmeticError("no offsets today")
-        return original(*arguments)
-
-    monkeypatch.setattr(ffcv_loader.augment, "crop_offsets", break_down)
-    before, started, got = own_threads(), time.monotonic(), []
-    with pytest.raises(ArithmeticError, match="no offsets today"):
-        got.extend(loader)
-    assert len(got) == 3
-    assert time.monotonic() - started < 30
-    assert own_threads() == before
-    monkeypatch.undo()
-    assert len(read(loader)) == len(loader)
-
-
-def test_a_thread_that_dies_in_silence_is_an_error(files, monkeypatch):
-    monkeypatch.setattr(ffcv_epoch.EpochReader, "_run", lambda self: None)
-    monkeypatch.setattr(ffcv_epoch, "POLL_SECONDS", 0.05)
-    with pytest.raises(RuntimeError, match="ended without a word"):
-        next(iter(load(files, "square", spec_of())))
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_page_readers_that_die_are_an_error(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(ffcv_epoch, "POLL_SECONDS", 0.05)
-    path = tmp_path / "gone.beton"
-    path.write_bytes(files["square"][0].read_bytes())
-    loader = load({"gone": (path, files["square"][1])}, "gone", spec_of(os_cache=False))
-    path.unlink()
-    before = own_threads()
-    with pytest.raises(RuntimeError, match="page reader died"):
-        next(iter(loader))
-    assert own_threads() == before
-
-
-def test_a_damaged_image_is_named(files, tmp_path):
-    path, source = files["jpeg"]
-    spoilt = tmp_path / "spoilt.beton"
-    blob = bytearray(path.read_bytes())
-    at = blob.index(b"\xff\xd8", blob.index(b"\xff\xd8", blob.index(b"\xff\xd8") + 1) + 1)  # the third image
-    blob[at : at + 300] = bytes(300)
-    spoilt.write_bytes(blob)
-    loader = load({"spoilt": (spoilt, source)}, "spoilt", spec_of(), training=False, eval_batch_size=2)
-    batches = iter(loader)
-    next(batches)
-    with pytest.raises(UserError, match=r"spoilt\.beton: image 2 is damaged"):
-        next(batches)
-
-
-def test_files_that_are_damaged_or_too_small_are_refused(files, tmp_path):
-    path, source = files["square"]
-    short = tmp_path / "short.beton"
-    short.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"short\.beton: truncated"):
-        load({"short": (short, source)}, "short", spec_of())
-    with pytest.raises(UserError, match="holds 203 samples"):
-        load(files, "square", spec_of(), np.arange(SAMPLES + 1))
-    with pytest.raises(UserError, match="batch_size=300 is more than the 203"):
-        load(files, "square", spec_of(), shard=Shard(0, 1, 300))
-
-
-def test_workers_are_capped_and_torch_keeps_its_threads(files):
-    assert load(files, "square", spec_of(), workers=1000).workers <= allowed_cpus()
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        loader = load(files, "square", spec_of(), workers=2)
-        batches = iter(loader)
-        next(batches)
-        assert torch.get_num_threads() == 3
-        loader.close()
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-
-
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", textwrap.dedent(program)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
-
-
-def test_import_keeps_torch_threads_and_the_process_ends_quietly(files):
-    done = run(f"""
-        import torch
-        torch.set_num_threads(3)
-        import numpy as np
-        from pathlib import Path
-        from utils.data import beton_format, ffcv_loader
-        assert torch.get_num_threads() == 3
-        from utils import params
-        from utils.data.order import Shard
-        from utils.data.spec import DataSpec
-        spec = DataSpec("folder", Path("/"), Path("/"), 7, 16, 16, 400, "raw", "crop", True, (0., 0., 0.),
-                        (1., 1., 1.), 1.0, params.Data())
-        loader = ffcv_loader.make(spec, Path({str(files["square"][0])!r}), np.arange(203), Shard(0, 1, 20),
-            torch.device("cpu"), training=True, order_seed=0, channels_last=True, workers=1, eval_batch_size=20)
-        print(sum(len(labels) for _, labels in loader))
-        held = iter(loader)
-        next(held)  # and the process ends with the thread at work
-    """)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "200\n"
-    assert done.stderr == ""
-
-
-def test_files_pass_between_this_writer_and_ffcvs_own(files, tmp_path, capfd):
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-
-    source = files["mixed"][1]
-    pairs = [(image, int(label)) for image, label in zip(source.images, source.labels, strict=True)]
-    for mode in ("raw", "jpg"):
-        own = tmp_path / f"own-{mode}.beton"
-        fields = {"image": RGBImageField(write_mode=mode, max_resolution=50, jpeg_quality=90), "label": IntField()}
-        DatasetWriter(str(own), fields, num_workers=1).from_indexed_dataset(pairs)
-        capfd.readouterr()
-        turned = tmp_path / f"turned-{mode}.beton"
-        fields = dict(reversed(fields.items()))
-        DatasetWriter(str(turned), fields, num_workers=1).from_indexed_dataset([pair[::-1] for pair in pairs])
-        capfd.readouterr()
-        spec = spec_of(mode, plain=True)
-        assert beton.check(own, spec, "train")["samples"] == 60
-        assert beton.labels(own).tolist() == source.labels.tolist()
-        ours = tmp_path / f"ours-{mode}.beton"
-        beton.write(source, ours, DataSpec(**{**vars(spec), "max_resolution": 50}), 1)
-        assert beton.labels(turned).tolist() == source.labels.tolist()
-        first, *others = [read(load({"x": (f, source)}, "x", spec, training=False)) for f in (ours, own, turned)]
-        assert all(same(first, other) for other in others)
-
-
-def test_ffcvs_own_loader_reads_what_is_written(files, tmp_path):
-    """In a process of its own: FFCV's loader changes numba's types in place."""
-    path, source = files["square"]
-    done = run(f"""
-        import numpy as np, torch
-        from ffcv.loader import Loader, OrderOption
-        loader = Loader({str(path)!r}, 10, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False)
-        images, labels = (torch.cat(parts) for parts in zip(*((a.clone(), b.clone()) for a, b in loader)))
-        np.savez({str(tmp_path / "read.npz")!r}, images=images.numpy(), labels=labels.numpy())
-    """)
-    assert done.returncode == 0, done.stderr
-    got = np.load(tmp_path / "read.npz")
-    assert np.array_equal(got["images"], np.stack(source.images))
-    assert got["labels"].reshape(-1).tolist() == source.labels.tolist()
-
-
-def test_numbas_types_stay_as_they_are(files):
-    """FFCV's loader marks numba's one type of byte arrays read-only, after which compiled code is not found again."""
-    arrays = [numba.types.uint8[::1], numba.types.uint64[::1], numba.types.uint8[:, ::1], numba.types.uint32[::1]]
-    for os_cache in (True, False):
-        read(load(files, "square", spec_of(os_cache=os_cache)))
-    assert all(array.mutable for array in arrays)

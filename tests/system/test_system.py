@@ -83,6 +83,10 @@ def test_devices_that_are_not_there_are_refused(monkeypatch) -> None:
     with pytest.raises(UserError, match=r"run\.device=cuda: local rank 0 has no GPU"):
         distributed.choose_device("cuda", World())
     monkeypatch.setenv("MASTER_ADDR", "localhost")
+    distributed.start(World(), torch.device("cpu"))  # an address alone, as batch systems export it, starts no group
+    assert not distributed.active()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"distributed\.backend=nccl needs GPUs"):
         distributed.start(World(size=2), torch.device("cpu"), "nccl")
 

@@ -36,9 +36,11 @@ class Memory:
         self.start_batch = 0
         self.epoch = 0
         self.asked: list[tuple[int, int, int]] = []
+        self.sizes: list[int | None] = []
 
     def set_epoch(self, level: int, epoch: int, start_batch: int = 0, size: int | None = None) -> None:
         self.asked.append((level, epoch, start_batch))
+        self.sizes.append(size)
         self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
@@ -132,6 +134,30 @@ def test_a_stage_that_starts_inside_an_epoch_skips_its_first_batches() -> None:
     assert [row["step"] for row in rows] == [6, 12]
 
 
+def test_a_start_inside_an_epoch_counts_micro_batches() -> None:
+    model, memory = network(), Memory()
+    optimizer, held = attached(model)
+    rows = trainer(model, memory, accumulation=2).fit(Stage(0, 2, rate, start=4), optimizer, held)
+    assert memory.asked == [(0, 1, 2)]
+    assert [row["step"] for row in rows] == [6]
+
+
+def test_images_grow_with_the_share_of_training() -> None:
+    model, memory = network(), Memory()
+    optimizer, held = attached(model)
+    here = trainer(model, memory)
+    here.loaders.spec.size_at = lambda progress: int(100 * progress)
+    here.fit(Stage(0, 4, rate), optimizer, held)
+    assert memory.sizes == [0, 25, 50, 75]
+
+
+def test_the_last_epoch_is_always_evaluated() -> None:
+    model = network()
+    optimizer, held = attached(model)
+    rows = trainer(model, eval_every=2).fit(Stage(0, 3, rate), optimizer, held)
+    assert ["test_acc" in row for row in rows] == [False, True, True]
+
+
 def test_marks_are_called_once_at_their_step() -> None:
     model, seen = network(), {}
     optimizer, held = attached(model)
@@ -221,10 +247,15 @@ def test_dropout_depends_on_the_place_in_training_not_on_history() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_reduced_precision_learns_and_stays_inside(precision: str) -> None:
-    model = network()
-    optimizer, held = attached(model)
-    rows = trainer(model, precision=precision).fit(Stage(0, 6, lambda step: 0.05), optimizer, held)
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
-    assert held.violations() == []
-    assert model[0].weight.dtype == torch.float32
+def test_reduced_precision_follows_float32_and_stays_inside(precision: str) -> None:
+    losses = {}
+    for kind in (precision, "float32"):
+        model = network()
+        optimizer, held = attached(model)
+        # Clipping must see gradients without the scaler's factor, else hardly anything is learned.
+        rows = trainer(model, precision=kind, clip=0.5).fit(Stage(0, 6, lambda step: 0.05), optimizer, held)
+        losses[kind] = [row["train_loss"] for row in rows]
+        assert held.violations() == []
+        assert model[0].weight.dtype == torch.float32
+    assert losses[precision] == pytest.approx(losses["float32"], rel=0.1)
+    assert losses[precision][-1] < 0.9 * losses[precision][0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from utils.data.resolve import resolve
 from utils.data.spec import DataSpec
 from utils.data.splits import split, subset
 from utils.params import Params
+from utils.system.cpus import allowed_cpus
 from utils.system.distributed import from_main
 from utils.system.errors import UserError
 
@@ -28,7 +28,6 @@ __all__ = [
     "Loader",
     "Loaders",
     "Shard",
-    "allowed_cpus",
     "build",
     "default_workers",
     "prepare",
@@ -70,11 +69,6 @@ class _Opened:
     test_samples: int
     digests: dict[str, str]
     make: Callable[[str, np.ndarray, bool], Loader]
-
-
-def allowed_cpus() -> int:
-    """CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(local_size: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from utils.data import allowed_cpus, beton_format
+from utils.data import beton_format
 from utils.data.beton_format import MEND
 from utils.data.beton_writer import Encoder, Progress, write_images
 from utils.data.datasets import SPLITS, open_split
@@ -25,6 +25,7 @@ from utils.data.datasets.sources import one_line
 from utils.data.protocol import Source
 from utils.data.spec import DataSpec
 from utils.system import atomic
+from utils.system.cpus import allowed_cpus
 from utils.system.errors import EXIT_BAD_INPUT, UserError
 
 SIDECAR_FORMAT = 1

@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import torch
 
-from utils.data import allowed_cpus, augment, beton_format
+from utils.data import augment, beton_format
 from utils.data.batching import Batching
 from utils.data.ffcv_epoch import EpochReader, Job
 from utils.data.ffcv_ops import BOX_Y, COLUMNS, HEIGHT, MIRROR, OFFSET, SHIFT_Y, WIDTH, PlannedDecoder
@@ -17,6 +17,7 @@ from utils.data.ffcv_pipeline import Pipeline
 from utils.data.order import Shard
 from utils.data.protocol import Batch
 from utils.data.spec import DataSpec
+from utils.system.cpus import allowed_cpus
 from utils.system.errors import UserError
 
 

@@ -1,8 +1,7 @@
 """Stateless random numbers: a value is a hash of (key, index, stream), never of what was drawn before.
 
 Pixels must depend only on (seed, level, epoch, sample index), whatever the number of workers or ranks, so every
-augmentation draws from here. `uniform` works on whole arrays; `uniform_scalar` is the same function for one sample,
-written in operations numba compiles (utils/data/ffcv_ops.py wraps it).
+augmentation draws from here, a whole array of samples at a time.
 
 The hash is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), applied twice.
 """
@@ -44,14 +43,3 @@ def uniform(key: int, indices: np.ndarray, stream: int) -> np.ndarray:
         x = np.uint64(key) + np.asarray(indices).astype(np.uint64) * GOLDEN
         x = _mix(_mix(x) + np.uint64(stream + 1) * GOLDEN)
     return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def uniform_scalar(key: int, index: int, stream: int) -> float:
-    """`uniform` for one sample, in scalar uint64 arithmetic (numba wraps on overflow as numpy arrays do)."""
-    x = np.uint64(key) + np.uint64(index) * GOLDEN
-    for salt in (np.uint64(0), np.uint64(stream + 1) * GOLDEN):
-        x = x + salt
-        x = (x ^ (x >> np.uint64(30))) * MIX_A
-        x = (x ^ (x >> np.uint64(27))) * MIX_B
-        x = x ^ (x >> np.uint64(31))
-    return float(x >> np.uint64(11)) * 2.0**-53

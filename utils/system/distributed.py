@@ -34,12 +34,17 @@ class World:
 
 def world() -> World:
     """Read torchrun's environment variables."""
-    env = os.environ
-    if "RANK" not in env or "WORLD_SIZE" not in env:
+    if not _launched():
         return World()
+    env = os.environ
     return World(
         int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     )
+
+
+def _launched() -> bool:
+    # MASTER_ADDR alone says nothing: batch systems export it for all.
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def choose_device(choice: str, place: World) -> torch.device:
@@ -58,7 +63,7 @@ def choose_device(choice: str, place: World) -> torch.device:
 
 def start(place: World, device: torch.device, backend: str = "auto", timeout: float = 600.0) -> None:
     """Join the process group torchrun set up; nothing to do for one process without torchrun."""
-    if place.size == 1 and "MASTER_ADDR" not in os.environ:
+    if not _launched():
         return
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -108,14 +113,18 @@ def from_main(make: Callable[[], T]) -> T:
     if not active():
         return make()
     box: list[Any] = [None, None]
+    failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
             box[0] = make()
-        except Exception as error:  # handed to every rank and raised below
-            box[1] = error
+        except Exception as error:  # its text goes to every rank, for not every exception can be pickled
+            failure, box[1] = error, (isinstance(error, UserError), f"{error}" or type(error).__name__)
     dist.broadcast_object_list(box, src=0)
+    if failure is not None:
+        raise failure
     if box[1] is not None:
-        raise box[1]
+        mendable, text = box[1]
+        raise UserError(text) if mendable else RuntimeError(f"rank 0 failed: {text}")
     value: T = box[0]
     return value
 

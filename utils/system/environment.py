@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from utils.system.cpus import allowed_cpus
 from utils.system.distributed import World
 
 PACKAGES = (
@@ -37,7 +37,7 @@ def describe(world: World, device: torch.device) -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "allowed_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "allowed_cpus": allowed_cpus(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "ranks": world.size,
         "local_ranks": world.local_size,

@@ -48,21 +48,21 @@ def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     return converted
 
 
-def wrap(model: nn.Module, section: params.Distributed, device: torch.device, compiled: bool) -> nn.Module:
-    """The module whose forward the trainer calls: DDP when in a process group, compiled when asked for.
+def wrap(model: nn.Module, section: params.Distributed, device: torch.device) -> nn.Module:
+    """The module whose forward the trainer calls: the model in DDP when there is a process group.
 
     Every rank must hold the same weights already; nothing is broadcast, neither here nor per step.
     """
-    wrapped = model
     if active():
-        wrapped = nn.parallel.DistributedDataParallel(
+        return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
             **_NO_BUFFER_BROADCAST,
             gradient_as_bucket_view=True,
             find_unused_parameters=section.find_unused_parameters,
+            init_sync=False,
         )
-    return torch.compile(wrapped) if compiled else wrapped  # type: ignore[return-value]
+    return model
 
 
 def warm(wrapped: nn.Module, bare: nn.Module, backward: Callable[[nn.Module], None], world: World) -> None:

@@ -78,11 +78,14 @@ class Trainer:
         self.device = device
         self.console = console
         self.dtype = precision.choose(training.precision, device)
-        self.wrapped = wrap(model, distributed, device, training.compile)
+        self.wrapped: Any = wrap(model, distributed, device)
         # Evaluation goes around DDP: ranks may have different numbers of batches there.
         self.forward: Any = torch.compile(model) if training.compile else model
         self.steps_per_epoch = len(loaders.train) // training.accumulation
         warm(self.wrapped, model, self._dummy_backward, world)
+        if training.compile:
+            # After the warm-up: its batch of two would make dynamo compile for any batch size.
+            self.wrapped = torch.compile(self.wrapped)
 
     def fit(
         self,
@@ -135,13 +138,16 @@ class Trainer:
         count = (self.steps_per_epoch - first) * accumulation
         label = f"level {stage.level} epoch {epoch + 1}/{stage.epochs}"
         batches = self.console.progress(clock.waits(self.loaders.train), count, label)
+        number = -1
         for number, batch in enumerate(batches):
             last = (number + 1) % accumulation == 0
             if number % accumulation == 0:
                 sparsity.dense_gradients(any(e.needs_dense_grad(step) for e in extensions))
                 for extension in extensions:
                     extension.before_step(step)
-            self._backward(batch, totals, derive("mix", self.seed, stage.level, step, number, self.world.rank), last)
+            self._backward(
+                batch, totals, derive("mix", self.seed, stage.level, step, number % accumulation, self.world.rank), last
+            )
             if last:
                 self._optimizer_step(optimizer, stage.lr(step))
                 for extension in extensions:

@@ -1,0 +1,299 @@
+"""Using .beton files: checked before use, written once when missing, shared by processes, made by the command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.beton_cases import CLASS_NAMES, CLASSES, Pictures, spec_of
+from utils import params
+from utils.data import beton
+from utils.data.resolve import resolve
+from utils.data.spec import DataSpec
+from utils.system.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A good file with its spec; tests copy it before they spoil it."""
+    folder = tmp_path_factory.mktemp("written")
+    spec = spec_of(folder, write_mode="raw")
+    path = beton.path_of(spec, "train")
+    beton.write(Pictures(), path, spec, 1)
+    return spec, path.read_bytes(), beton.sidecar_of(path).read_text()
+
+
+def spoilt(tmp_path: Path, blob: bytes, sidecar: str | None) -> Path:
+    path = tmp_path / "spoilt.beton"
+    path.write_bytes(blob)
+    if sidecar is not None:
+        beton.sidecar_of(path).write_text(sidecar)
+    return path
+
+
+def refused(path: Path, spec: DataSpec, words: str, split: str = "train", verify: bool = False) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        beton.check(path, spec, split, verify)
+    assert path.name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("with_sidecar", [True, False])
+@pytest.mark.parametrize("kept", [0, 10, 1000, 5000, -1, -24])
+def test_a_truncated_file_is_refused(tmp_path, written, kept, with_sidecar):
+    spec, blob, sidecar = written
+    path = spoilt(tmp_path, blob[:kept], sidecar if with_sidecar else None)
+    refused(path, spec, "truncated" if with_sidecar else "truncated|not a .beton|other fields")
+
+
+def test_a_foreign_file_is_refused(tmp_path, written):
+    spec, blob, _ = written
+    for foreign in (b"\x89PNG\r\n" + bytes(5000), bytes(range(256)) * 40, b"\x01" + blob[1:]):
+        refused(spoilt(tmp_path, foreign, None), spec, "not a .beton file")
+    # an integer where the image should be
+    fields = bytearray(blob)
+    fields[24] = 1
+    refused(spoilt(tmp_path, bytes(fields), None), spec, "other fields")
+    refused(tmp_path / "absent.beton", spec, "no such file")
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "value"),
+    [
+        (8, "<Q", 2**60),
+        (8, "<Q", 0),
+        (8, "<Q", 2**64 - 1),
+        (16, "<Q", 2**62),
+        (16, "<Q", 0),
+        (4, "<I", 0),
+        (4, "<I", 3 << 20),
+    ],
+)
+def test_absurd_header_values_are_refused_before_memory_is_taken(tmp_path, written, place, kind, value):
+    spec, blob, _ = written
+    absurd = bytearray(blob)
+    struct.pack_into(kind, absurd, place, value)
+    path = spoilt(tmp_path, bytes(absurd), None)
+    refused(path, spec, "truncated|unfinished|page size")
+    with pytest.raises(UserError):
+        beton.labels(path)
+
+
+@pytest.mark.parametrize("column", ["mode", "width", "data_ptr"])
+def test_records_that_point_elsewhere_are_refused(tmp_path, written, column):
+    spec, blob, _ = written
+    absurd = bytearray(blob)
+    offset, kind, value = {"mode": (0, "<B", 9), "width": (1, "<H", 999), "data_ptr": (5, "<Q", 2**63)}[column]
+    struct.pack_into(kind, absurd, 24 + 2 * 1041 + 24 * 17 + offset, value)
+    refused(spoilt(tmp_path, bytes(absurd), None), spec, "image 17 ")
+
+
+def test_a_flipped_bit_is_found_when_asked_for(tmp_path, written):
+    spec, blob, sidecar = written
+    path = spoilt(tmp_path, blob[:-5000] + bytes([blob[-5000] ^ 1]) + blob[-4999:], sidecar)
+    beton.check(path, spec, "train")
+    refused(path, spec, "SHA-256", verify=True)
+
+
+def test_other_classes_or_parameters_are_refused(tmp_path, written):
+    spec, blob, sidecar = written
+    other = json.loads(sidecar)
+    refused(spoilt(tmp_path, blob, json.dumps({**other, "classes": ["a", "b"]})), spec, "2 classes where folder has 3")
+    refused(spoilt(tmp_path, blob, sidecar), spec_of(tmp_path, write_mode="raw", max_resolution=70), "written with")
+    refused(spoilt(tmp_path, blob, json.dumps({**other, "samples": 7})), spec, "says 7")
+    for text in ("{", "[]", "{}", json.dumps({**other, "format": 9}), json.dumps({**other, "bytes": "many"})):
+        with pytest.raises(UserError, match=r"spoilt\.json: not a sidecar"):
+            beton.check(spoilt(tmp_path, blob, text), spec, "train")
+
+
+def test_a_file_without_sidecar_is_taken_when_it_fits(tmp_path, written, capsys):
+    spec, blob, sidecar = written
+    path = spoilt(tmp_path, blob, None)
+    found = beton.check(path, spec, "train")
+    assert "no spoilt.json" in capsys.readouterr().err
+    assert found["sha256"] is None
+    assert found["histogram"] == json.loads(sidecar)["histogram"]
+    changed = bytearray(blob)
+    struct.pack_into("<q", changed, 24 + 2 * 1041 + 16, 1)  # sample 0 gets another label
+    assert beton.check(spoilt(tmp_path, bytes(changed), None), spec, "train")["digest"] != found["digest"]
+    struct.pack_into("<q", changed, 24 + 2 * 1041 + 16, CLASSES)
+    refused(spoilt(tmp_path, bytes(changed), None), spec, "labels 0 to 3")
+
+
+def picture_folders(root: Path, per_class: int = 8, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        for name in CLASS_NAMES:
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for i in range(per_class):
+                pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+
+
+def test_ensure_writes_what_is_missing_and_keeps_the_rest(tmp_path):
+    spec = spec_of(tmp_path)
+    picture_folders(spec.directory)
+    paths = beton.ensure(spec, 1, download=False)
+    assert {split: len(beton.labels(path)) for split, path in paths.items()} == {"train": 24, "test": 24}
+    stamps = {path: path.stat().st_mtime_ns for path in paths.values()}
+    paths["test"].unlink()
+    assert beton.ensure(spec, 1, download=False) == paths
+    assert paths["train"].stat().st_mtime_ns == stamps[paths["train"]]
+    assert paths["test"].is_file()
+    paths["train"].write_bytes(paths["train"].read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{paths['train'].name}.*truncated"):
+        beton.ensure(spec, 1, download=False)
+    beton.ensure(spec, 1, download=False, force=True)
+    beton.check(paths["train"], spec, "train", verify=True)
+
+
+def test_ensure_names_the_missing_source(tmp_path):
+    spec = spec_of(tmp_path)
+    with pytest.raises(UserError, match=str(spec.directory)):
+        beton.ensure(spec, 1, download=False)
+
+
+def test_files_of_another_folder_are_refused_and_a_moved_folder_is_not(tmp_path):
+    spec = spec_of(tmp_path)
+    picture_folders(spec.directory)
+    beton.ensure(spec, 1, download=False)
+    moved = tmp_path / "moved"
+    spec.directory.rename(moved)
+    beton.ensure(resolve(params.Data(**{**vars(spec.data), "root": str(moved)})), 1, download=False)
+    picture_folders(spec.directory, per_class=9)
+    (tmp_path / "third").mkdir()
+    picture_folders(tmp_path / "third", per_class=5)
+    with pytest.raises(UserError, match=r"written from .*set, not from .*third"):
+        beton.ensure(resolve(params.Data(**{**vars(spec.data), "root": str(tmp_path / "third")})), 1, download=False)
+
+
+def _ensure_and_tell(spec: DataSpec, start, box) -> None:
+    start.wait()
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+        opened: list[str] = []
+        original = beton.open_split
+        beton.open_split = lambda name, folder, split, download=False: (
+            opened.append(split),
+            time.sleep(0.3),
+            original(name, folder, split, download),
+        )[-1]
+        paths = beton.ensure(spec, 1, download=False)
+        digests = [beton.check(path, spec, split)["digest"] for split, path in paths.items()]
+    box.put((opened, digests))
+
+
+def test_processes_that_ensure_at_once_write_each_file_once(tmp_path):
+    spec = spec_of(tmp_path)
+    picture_folders(spec.directory)
+    context = multiprocessing.get_context("fork")
+    start, box = context.Event(), context.Queue()
+    workers = [context.Process(target=_ensure_and_tell, args=(spec, start, box)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    start.set()
+    told = [box.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert sorted(split for opened, _ in told for split in opened) == ["test", "train"]
+    assert told[0][1] == told[1][1] == told[2][1]
+    assert not list(spec.betons.glob("*.tmp")) + list(spec.betons.glob(".*.tmp"))
+
+
+def _ensure_slowly(spec: DataSpec, reached) -> None:
+    def open_slowly(name: str, folder: Path, split: str, download: bool = False) -> Pictures:
+        def act() -> None:
+            reached.put(os.getpid())
+            time.sleep(600)
+
+        return Pictures(bad={130: act})
+
+    beton.open_split = open_slowly
+    beton.ensure(spec, 2, download=False)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_writer_leaves_no_lock_no_rest_and_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(beton, "allowed_cpus", lambda: 2)
+    spec = spec_of(tmp_path)
+    picture_folders(spec.directory)
+    context = multiprocessing.get_context("fork")
+    reached = context.Queue()
+    victim = context.Process(target=_ensure_slowly, args=(spec, reached))
+    victim.start()
+    worker = reached.get(timeout=60)
+    assert worker != victim.pid
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join(60)
+    assert len(list(spec.betons.glob(".*.tmp"))) == 1
+    paths = beton.ensure(spec, 1, download=False)
+    assert len(beton.labels(paths["train"])) == 24
+    assert not list(spec.betons.glob(".*.tmp"))
+    until = time.monotonic() + 20
+    while _is_running(worker) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not _is_running(worker)
+
+
+def test_a_folder_that_cannot_be_written_is_used_when_the_files_are_there(tmp_path, monkeypatch):
+    spec = spec_of(tmp_path)
+    picture_folders(spec.directory)
+    paths = beton.ensure(spec, 1, download=False)
+    for path in paths.values():
+        beton.sidecar_of(path).unlink()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(beton.FileLock, "acquire", refuse)
+    assert beton.ensure(spec, 1, download=False) == paths
+    paths["test"].unlink()
+    with pytest.raises(UserError, match=r"cannot write there.*data\.betons"):
+        beton.ensure(spec, 1, download=False)
+
+
+def test_the_command_writes_once_and_reports_every_file(tmp_path, capsys):
+    words = ["--data.name=digits", f"--data.root={tmp_path}", "--data.workers=1"]
+    command = [sys.executable, "-m", "utils.data.beton", *words]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert first.returncode == 0, first.stderr
+    lines = first.stdout.splitlines()
+    assert len(lines) == 2
+    for line, count in zip(lines, (1438, 359), strict=True):
+        path = Path(line.split(": ")[0])
+        assert len(beton.labels(path)) == count
+        assert f"{count} samples, 10 classes" in line
+    stamp = path.stat().st_mtime_ns
+    beton.main(words)
+    assert [line.rsplit(",", 1)[0] for line in capsys.readouterr().out.splitlines()] == [
+        line.rsplit(",", 1)[0] for line in lines
+    ]
+    assert path.stat().st_mtime_ns == stamp
+    path.write_bytes(path.read_bytes()[:-3])
+    for more, said in (([], f"{path}: truncated"), (["--force=perhaps"], "--force: true or false")):
+        with pytest.raises(SystemExit) as ended:
+            beton.main([*words, *more])
+        assert ended.value.code == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"sieve: {said}")
+        assert told.count("\n") == 1
+    beton.main([*words, "--force=true"])
+    assert path.stat().st_mtime_ns > stamp
