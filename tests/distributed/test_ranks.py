@@ -90,6 +90,11 @@ def test_a_run_resumed_at_a_level_has_the_bits_of_the_whole_run(tmp_path: Path, 
     assert [row["ranks"] for row in table(tmp_path / "whole")] == [str(ranks)] * 3
 
 
+def test_the_process_group_keeps_its_promises() -> None:
+    done = launch(2, "tests/distributed/group_worker.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_wrong_input_under_torchrun_is_told_once_and_writes_nothing(tmp_path: Path) -> None:
     done = harness(2, tmp_path / "runs", "--optimizer.lrr=0.1")
     assert done.returncode == 1  # torchrun's own code for any failed worker
