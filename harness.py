@@ -27,6 +27,7 @@ def main() -> None:
             if any(row["density"] > 0 for row in rows):
                 here.console.line(f"plot:   {reporting.plot_levels([run.path], run.plot)}")
             here.console.line(f"levels: {run.levels_csv}")
+    harness_utils.leave()
 
 
 if __name__ == "__main__":

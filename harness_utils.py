@@ -56,6 +56,18 @@ def process(params: Params) -> Iterator[Process]:
         _end(params, world, f"sieve: {type(error).__name__}: {error}", 1)
 
 
+def leave() -> None:
+    """End a rank that is done, at once, with its output written; nothing to do without torchrun.
+
+    What still holds the process group (a compiled module, say) would let gloo's threads abort the interpreter while it
+    finalizes, and torchrun would report a finished run as failed.
+    """
+    if distributed.world().size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def print_plan(params: Params) -> None:
     """Print what the config would do, on rank 0; nothing is written."""
     from utils.estimate import describe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,8 +75,13 @@ def start(place: World, device: torch.device, backend: str = "auto", timeout: fl
 
 
 def stop() -> None:
-    """Leave the process group, if in one."""
+    """Leave the process group, if in one. Drop every DDP module first.
+
+    gloo's threads live as long as anything holds the group; one of them that meets the interpreter's finalization
+    aborts the process, after all its work was done.
+    """
     if active():
+        gc.collect()  # a DDP module in a cycle holds the group too
         dist.destroy_process_group()
 
 
