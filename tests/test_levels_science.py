@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch.nn import functional as F
 from utils import data, files, levels, models, pruning
 from utils.data.order import Shard
 from utils.masks import Masks, prunable_parameters
-from utils.params import Params
+from utils.params import Params, parsing
 from utils.params.load import build
+from utils.pruning.criteria import criterion
 from utils.system.console import Console
 from utils.system.distributed import World
+from utils.system.registry import Entry, declared
 from utils.system.rundir import RunDir
 from utils.training.trainer import Trainer
 
@@ -186,3 +189,26 @@ def test_a_level_made_from_other_weights_is_made_again(tmp_path: Path) -> None:
     timing = ("seconds", "images_per_second")
     strip = [{k: v for k, v in row.items() if k not in timing} for row in rows(directory)]
     assert strip == [{k: v for k, v in row.items() if k not in timing} for row in before]
+
+
+def test_a_criterion_that_reads_data_gets_balanced_training_images(tmp_path: Path, monkeypatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def probe(model, masks, batches, loss, *, generator):
+        """First-order importance, as a user would write it."""
+        total = dict.fromkeys(masks, 0.0)
+        for batch in batches:
+            seen.append(batch[1])
+            parameters = [dict(model.named_parameters())[name] for name in masks]
+            gradients = torch.autograd.grad(loss(model, batch), parameters)
+            for name, p, gradient in zip(masks, parameters, gradients, strict=True):
+                total[name] = total[name] + (p * gradient).detach()
+        return {name: value.abs() for name, value in total.items()}
+
+    monkeypatch.setitem(criterion._entries, "probe", Entry("probe", probe, {"batchnorm": "eval", "reads": "train"}))
+    monkeypatch.setattr(parsing, "declared", lambda kind: {**declared(kind), "probe": ""})
+    params = config(tmp_path, training__epochs=0, levels__densities=[0.5])
+    params = replace(params, pruning=replace(params.pruning, criterion="probe", samples_per_class=4))
+    table = rows(run(params))
+    assert int(table[1]["kept_weights"]) == int(0.5 * int(table[1]["prunable_weights"]) + 0.5)
+    assert torch.cat(seen).bincount().tolist() == [4] * 10

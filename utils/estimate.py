@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from utils import models
-from utils.data.datasets import dataset
+from utils import data, pruning
 from utils.data.resolve import resolve
-from utils.data.spec import DataSpec
-from utils.data.splits import split
-from utils.levels import check_steps
+from utils.feasibility import build_model, check_pruning, check_steps
 from utils.masks import Masks
+from utils.models.pretrained import local_file
 from utils.params import Params
 from utils.params.checks import check_ranks
 from utils.params.plan import Level, level_plan
 from utils.record import run_dir
 from utils.system.distributed import World
-from utils.system.errors import UserError
 
 STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 """Weight-sized optimizer states per optimizer (sgd: its momentum)."""
@@ -25,13 +22,17 @@ def describe(params: Params, world: World) -> str:
     spec = resolve(params.data)
     plan = level_plan(params)
     check_ranks(params, world.size)
-    per_epoch = _steps_per_epoch(params, spec)
+    images = data.count_training(params)
+    per_epoch = None if images is None else images // params.training.batch_size
     if per_epoch is not None:
         check_steps(params, plan, per_epoch)
-    network = models.build(params.model.name, spec.classes, image_size=spec.image_size, seed=params.run.seed)
+    local = params.model.pretrained if local_file(params.model.pretrained) else ""
+    network = build_model(params, spec, local)
+    dense = Masks.dense(network, params.pruning.exclude)
+    check_pruning(pruning.PruningHarness(params.pruning, seed=params.run.seed), params, plan, dense)
     weights = sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() for b in network.buffers())
-    prunable = Masks.dense(network, params.pruning.exclude).total
+    prunable = dense.total
     lines = [
         f"run directory  {run_dir(params).path}",
         f"model          {params.model.name}: {weights:,} parameters, {prunable:,} prunable",
@@ -52,15 +53,6 @@ def describe(params: Params, world: World) -> str:
         f"memory         {_megabytes(memory)} per rank for weights, gradients, optimizer and masks, plus activations"
     )
     return "\n".join(lines)
-
-
-def _steps_per_epoch(params: Params, spec: DataSpec) -> int | None:
-    try:
-        labels = dataset[params.data.name](spec.directory, "train", False).labels
-    except UserError:
-        return None
-    images = len(split(labels, params.data.val, params.data.split_seed)[0])
-    return min(images, params.data.subset or images) // params.training.batch_size
 
 
 def _level_table(plan: list[Level], per_epoch: int | None, prunable: int) -> list[str]:

@@ -14,15 +14,17 @@ from pathlib import Path
 
 import torch
 
-from utils import data, files, models, pruning, reporting, sparsity
+from utils import data, files, pruning, reporting, sparsity
 from utils.data.order import Shard
+from utils.data.protocol import Batch
+from utils.feasibility import build_model, check_pruning, check_steps
 from utils.masks import Masks
 from utils.params import Params
 from utils.params.checks import check_ranks
 from utils.params.plan import Level, level_plan
 from utils.pruning.report import write_layers_csv
 from utils.record import EpochsCsv, Record, run_dir
-from utils.rewinding import Rewinding, check_rewind
+from utils.rewinding import Rewinding
 from utils.system import distributed
 from utils.system.atomic import write_json
 from utils.system.console import Console, number
@@ -52,13 +54,7 @@ class Driver:
         self.loaders = data.build(params, shard, device, training.channels_last, workers)
         try:
             spec = self.loaders.spec
-            self.model = models.build(
-                params.model.name,
-                spec.classes,
-                pretrained=params.model.pretrained,
-                image_size=spec.image_size,
-                seed=params.run.seed,
-            ).to(device)
+            self.model = build_model(params, spec, params.model.pretrained).to(device)
             if params.distributed.sync_batchnorm:
                 self.model = synchronise_batchnorm(self.model, device)
             if training.channels_last:
@@ -80,10 +76,12 @@ class Driver:
                 device=device,
                 console=console,
             )
-            self.sparsity = sparsity.attach(self.model, None, Masks.dense(self.model, params.pruning.exclude))
+            dense = Masks.dense(self.model, params.pruning.exclude)
+            self.sparsity = sparsity.attach(self.model, None, dense)
             self.rewinding = Rewinding(params, self.trainer, run_dir(params))
             check_steps(params, self.plan, self.trainer.steps_per_epoch)
             self.harness = pruning.PruningHarness(params.pruning, seed=params.run.seed, loss=self.task.scoring_loss)
+            check_pruning(self.harness, params, self.plan, dense)
             self.record = Record(params, self.loaders, self.trainer.dtype, world, device)
         except BaseException:
             self.loaders.close()
@@ -193,12 +191,22 @@ class Driver:
         if distributed.from_main(lambda: place.mask.exists() and _source_of(place.mask) == digest):
             masks = Masks.load(place.mask, self.model)
         else:
-            masks = self.harness.prune(self.model, live, level.density).masks if level.density < 1.0 else live
+            masks = live
+            if level.density < 1.0:
+                masks = self.harness.prune(self.model, live, level.density, self._scoring_batches()).masks
             distributed.from_main(functools.partial(self._save_masks, place, masks, digest))
         if not masks <= live:
             raise UserError(f"{place.mask}: keeps weights that level {level.source} pruned; delete it and run again")
         distributed.agree(f"masks of level {level.number}", masks.digest)
         return masks
+
+    def _scoring_batches(self) -> list[Batch]:
+        """Unaugmented training images for a criterion that reads data: the same on every rank."""
+        if not self.harness.reads_data:
+            return []
+        training = self.params.training
+        batch_size = max(1, training.batch_size // (self.world.size * training.accumulation))
+        return self.loaders.scoring(self.params.pruning.samples_per_class, batch_size)
 
     def _save_masks(self, place: LevelDir, masks: Masks, source: str) -> None:
         # layers.csv first: the mask file's presence says that the stage is done.
@@ -279,14 +287,6 @@ class Driver:
         distributed.agree(f"weights at {moment}", files.digest(files.state_of(self.model)))
         if violations := self.sparsity.violations():
             raise RuntimeError(f"{moment}: pruned weights of {violations[0]!r} are not 0.0")
-
-
-def check_steps(params: Params, plan: list[Level], steps_per_epoch: int) -> None:
-    """Raise UserError for a step that lies outside training, which only the number of steps per epoch shows."""
-    for level in plan:
-        if level.epochs:
-            lr_at(0, params.schedule, params.optimizer.lr, level.epochs * steps_per_epoch, steps_per_epoch)
-    check_rewind(params, plan, steps_per_epoch)
 
 
 def _source_of(mask: Path) -> str | None:

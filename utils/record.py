@@ -24,6 +24,7 @@ from utils.params.parsing import dump
 from utils.params.plan import Level
 from utils.system import environment
 from utils.system.atomic import sha256, write_json, write_text
+from utils.system.cpus import allowed_cpus
 from utils.system.distributed import World, from_main
 from utils.system.errors import UserError
 from utils.system.rundir import RunDir
@@ -62,7 +63,7 @@ class Record:
         self.settled = {
             "device": str(device),
             "precision": self.inputs["precision"],
-            "workers": params.data.workers or default_workers(world.local_size),
+            "workers": min(params.data.workers or default_workers(world.local_size), allowed_cpus()),
             "order_seed": params.run.seed if params.data.order_seed is None else params.data.order_seed,
             "image_size": spec.image_size,
             "eval_size": spec.eval_size,

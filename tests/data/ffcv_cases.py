@@ -89,11 +89,11 @@ def load(files, name: str, spec: DataSpec, indices: np.ndarray | None = None, sh
         "order_seed": 5,
         "channels_last": False,
         "workers": 1,
-        "eval_batch_size": 16,
+        "eval_batch": 16,
         **options,
     }
     indices = np.arange(len(source)) if indices is None else indices
-    return ffcv_loader.make(spec, path, indices, shard or Shard(0, 1, 20, 1), CPU, **options)
+    return ffcv_loader.FFCVLoader(spec, path, indices, shard or Shard(0, 1, 20, 1), CPU, **options)
 
 
 def read(loader, level: int = 0, epoch: int = 0, start: int = 0, size: int | None = None):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from tests.data.beton_cases import CLASS_NAMES, CLASSES, Pictures, spec_of
@@ -132,10 +135,10 @@ def test_a_file_without_sidecar_is_taken_when_it_fits(tmp_path, written, capsys)
     refused(spoilt(tmp_path, bytes(changed), None), spec, "labels 0 to 3")
 
 
-def picture_folders(root: Path, per_class: int = 8, seed: int = 0) -> None:
+def picture_folders(root: Path, per_class: int = 8, seed: int = 0, classes: list[str] = CLASS_NAMES) -> None:
     rng = np.random.default_rng(seed)
     for split in ("train", "test"):
-        for name in CLASS_NAMES:
+        for name in classes:
             (root / split / name).mkdir(parents=True, exist_ok=True)
             for i in range(per_class):
                 pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
@@ -179,19 +182,134 @@ def test_files_of_another_folder_are_refused_and_a_moved_folder_is_not(tmp_path)
         beton.ensure(resolve(params.Data(**{**vars(spec.data), "root": str(tmp_path / "third")})), 1, download=False)
 
 
+def rename_a_class(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "ant").rename(root / split / "ape")
+
+
+def add_an_image(root: Path) -> None:
+    Image.new("RGB", (20, 20)).save(root / "train" / "bee" / "new.png")
+
+
+@pytest.mark.parametrize("change", [rename_a_class, add_an_image])
+def test_files_whose_source_has_changed_are_refused(tmp_path, change):
+    spec = spec_of(tmp_path)
+    picture_folders(spec.directory)
+    paths = beton.ensure(spec, 1, download=False)
+    change(spec.directory)
+    with pytest.raises(UserError, match=r"stale.*delete it to have it written again") as caught:
+        beton.ensure(spec, 1, download=False)
+    assert str(paths["train"]) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    beton.ensure(spec, 1, download=False, compare=False)
+    for path in paths.values():  # the mend it names
+        path.unlink()
+    assert len(beton.labels(beton.ensure(spec, 1, download=False)["train"])) == (25 if change is add_an_image else 24)
+
+
+@pytest.mark.parametrize(("name", "place"), [("cifar10", "cifar10"), ("imagenette", "imagenette/imagenette2-320")])
+def test_class_folders_of_a_named_data_set_are_compared_too(tmp_path, name, place):
+    spec = resolve(params.Data(name=name, root=str(tmp_path)))
+    classes = [f"n{label:02}" for label in range(10)]
+    picture_folders(tmp_path / place, 1, classes=classes)
+    paths = beton.ensure(spec, 1, download=False)
+    picture_folders(tmp_path / place, 2, classes=classes)
+    with pytest.raises(UserError, match=f"{paths['train'].name}: stale"):
+        beton.ensure(spec, 1, download=False)
+
+
+def test_files_whose_source_is_gone_are_used(tmp_path):
+    spec = spec_of(tmp_path)
+    picture_folders(spec.directory)
+    paths = beton.ensure(spec, 1, download=False)
+    for image in spec.directory.rglob("*.png"):  # class folders left empty say nothing
+        image.unlink()
+    assert beton.ensure(spec, 1, download=False) == paths
+    shutil.rmtree(spec.directory)
+    assert beton.ensure(spec, 1, download=False) == paths
+
+
+def test_a_source_that_has_become_contradictory_is_refused(tmp_path):
+    spec = spec_of(tmp_path)
+    picture_folders(spec.directory)
+    beton.ensure(spec, 1, download=False)
+    (spec.directory / "train" / "ant").rename(spec.directory / "train" / "ape")
+    with pytest.raises(UserError, match="differ in classes"):
+        beton.ensure(spec, 1, download=False)
+
+
+def everything(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["imagenet", "imagewoof", "cifar10"])
+def test_missing_data_leaves_nothing_behind(tmp_path, name):
+    with pytest.raises(UserError, match=r"data\.root"):
+        beton.ensure(resolve(params.Data(name=name, root=str(tmp_path))), 1, download=False)
+    assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_class_leaves_nothing_behind(tmp_path, split):
+    spec = spec_of(tmp_path)
+    picture_folders(spec.directory)
+    for image in (spec.directory / split / "bee").iterdir():
+        image.unlink()
+    before = everything(tmp_path)
+    with pytest.raises(UserError, match=f"{split}/bee holds no images"):
+        beton.ensure(spec, 1, download=False)
+    assert everything(tmp_path) == before
+
+
+def test_a_corrupt_image_leaves_nothing_behind(tmp_path):
+    spec = dataclasses.replace(spec_of(tmp_path), betons=tmp_path / "a" / "b")
+    picture_folders(spec.directory)
+    (spec.directory / "train" / "bee" / "3.png").write_bytes(b"no image")
+    before = everything(tmp_path)
+    with pytest.raises(UserError, match=r"bee/3\.png"):
+        beton.ensure(spec, 2, download=False)
+    assert everything(tmp_path) == before
+
+
+def _ensure_refused(spec: DataSpec, start, box) -> None:
+    start.wait()
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+        try:
+            beton.ensure(spec, 1, download=False)
+        except UserError as error:
+            box.put(str(error))
+
+
+def test_processes_that_wait_for_a_writer_that_fails_see_the_same_error(tmp_path):
+    spec = spec_of(tmp_path)
+    picture_folders(spec.directory)
+    (spec.directory / "train" / "cat" / "7.png").write_bytes(b"no image")
+    context = multiprocessing.get_context("fork")
+    start, box = context.Event(), context.Queue()
+    workers = [context.Process(target=_ensure_refused, args=(spec, start, box)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    start.set()
+    told = [box.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join(60)
+    assert all("cat/7.png" in text for text in told), told
+    assert not list(tmp_path.rglob("*.beton")) + list(tmp_path.rglob("*.lock"))
+
+
 def _ensure_and_tell(spec: DataSpec, start, box) -> None:
     start.wait()
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
-        opened: list[str] = []
-        original = beton.open_split
-        beton.open_split = lambda name, folder, split, download=False: (
-            opened.append(split),
+        wrote: list[str] = []
+        original = beton.write
+        beton.write = lambda source, path, *rest: (
+            wrote.append(path.name.split("-")[1]),
             time.sleep(0.3),
-            original(name, folder, split, download),
+            original(source, path, *rest),
         )[-1]
         paths = beton.ensure(spec, 1, download=False)
         digests = [beton.check(path, spec, split)["digest"] for split, path in paths.items()]
-    box.put((opened, digests))
+    box.put((wrote, digests))
 
 
 def test_processes_that_ensure_at_once_write_each_file_once(tmp_path):
@@ -207,7 +325,7 @@ def test_processes_that_ensure_at_once_write_each_file_once(tmp_path):
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
-    assert sorted(split for opened, _ in told for split in opened) == ["test", "train"]
+    assert sorted(split for wrote, _ in told for split in wrote) == ["test", "train"]
     assert told[0][1] == told[1][1] == told[2][1]
     assert not list(spec.betons.glob("*.tmp")) + list(spec.betons.glob(".*.tmp"))
 
@@ -263,7 +381,7 @@ def test_a_folder_that_cannot_be_written_is_used_when_the_files_are_there(tmp_pa
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(beton.FileLock, "acquire", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
     assert beton.ensure(spec, 1, download=False) == paths
     paths["test"].unlink()
     with pytest.raises(UserError, match=r"cannot write there.*data\.betons"):

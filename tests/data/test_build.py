@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from utils import params
-from utils.data import Loaders, build, default_workers, open_split, prepare, take
+from utils.data import Loaders, beton, build, count_training, default_workers, open_split, prepare, take
 from utils.data.order import Shard, epoch_order
-from utils.data.splits import split
+from utils.data.resolve import resolve
+from utils.data.splits import split, subset
 from utils.params import Params
 from utils.system.errors import UserError
 
@@ -150,14 +151,70 @@ def test_a_subset_leaves_val_and_test_alone(root: Path) -> None:
     ("values", "key"),
     [
         ({"batch_size": 1295}, "training.batch_size=1295"),
+        ({"batch_size": 1295}, "data.val=0.1"),
+        ({"batch_size": 2000}, "training.batch_size=2000 is more than the 1294 training images; lower it"),
         ({"val": 1e-4}, "data.val"),
+        ({"val": 0.999, "batch_size": 10}, "training.batch_size=10 is more than the 1 .*data.val=0.999"),
+        ({"val": 0.99999}, "data.val=0.99999 holds out all"),
+        ({"val": 0.99999, "subset": 10}, "data.val=0.99999 holds out all"),
         ({"subset": 5000}, "data.subset"),
+        ({"subset": 50}, "training.batch_size=100 is more than the 50 .*data.subset=50"),
     ],
 )
 def test_too_few_images_are_refused_by_key(root: Path, values: dict[str, Any], key: str) -> None:
-    with pytest.raises(UserError, match=key) as caught:
-        built(root, "device", **values)
-    assert "\n" not in str(caught.value)
+    for refuse in (lambda: built(root, "device", **values), lambda: count_training(config(root, "device", **values))):
+        with pytest.raises(UserError, match=key) as caught:
+            refuse()
+        assert "\n" not in str(caught.value)
+
+
+def test_training_images_are_counted_from_what_is_there(tmp_path: Path) -> None:
+    assert count_training(config(tmp_path, "ffcv")) == 1294
+    assert count_training(config(tmp_path, "ffcv", val=0.0, subset=300)) == 300
+    for loader in ("ffcv", "device"):
+        for name in ("cifar10", "imagenet", "imagenette"):
+            assert count_training(config(tmp_path, loader, name=name)) is None
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_training_images_are_counted_from_the_beton_file_where_it_fits(tmp_path: Path) -> None:
+    picture_folders(tmp_path, ("cat", "dog"), 30, 2)
+    wanted = config(tmp_path, "ffcv", batch_size=4, name="folder", image_size=16)
+    assert count_training(wanted) == 54
+    beton.ensure(resolve(wanted.data), 1, download=False, progress=False)
+    for image in tmp_path.rglob("*.png"):
+        image.unlink()
+    assert count_training(wanted) == 54
+    path = beton.path_of(resolve(wanted.data), "train")
+    path.write_bytes(path.read_bytes()[:-1])
+    picture_folders(tmp_path, ("cat", "dog"), 20, 2)
+    assert count_training(wanted) == 36
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scoring_batches_are_balanced_training_images_the_same_on_every_rank(root: Path, kind: str) -> None:
+    pixels, labels = digits("train")
+    train, _ = split(labels, 0.1, 2)
+    chosen = subset(train, labels, 400, 2)
+    first, second = (built(root, kind, Shard(rank, 2, 100), split_seed=2, subset=400) for rank in range(2))
+    batches = first.scoring(7, 16)
+    assert [len(found) for _, found in batches] == [16, 16, 16, 16, 6]
+    images, found = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert torch.bincount(found).tolist() == [7] * 10
+    allowed = {
+        (image.tobytes(), int(label))
+        for image, label in zip(plain(first.spec, pixels[chosen]), labels[chosen], strict=True)
+    }
+    assert all((image.numpy().tobytes(), int(label)) in allowed for image, label in zip(images, found, strict=True))
+    assert len({image.numpy().tobytes() for image in images}) > 65
+    for again in (first.scoring(7, 16), second.scoring(7, 16)):
+        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(batches, again, strict=True))
+    other = built(root, kind, Shard(0, 2, 100), split_seed=2, subset=400, order_seed=1)
+    assert not torch.equal(other.scoring(7, 70)[0][0], images)
+    assert sum(len(found) for _, found in first.scoring(1000, 300)) == 400
+    assert not multiprocessing.active_children()
+    for loaders in (first, second, other):
+        loaders.close()
 
 
 def test_the_default_evaluation_batch_is_twice_the_training_batch_of_a_rank(root: Path) -> None:
@@ -205,7 +262,28 @@ def test_missing_data_is_refused_before_anything_is_written(tmp_path: Path, kind
     wanted = config(tmp_path, kind, name="imagewoof")
     with pytest.raises(UserError, match=str(tmp_path / "imagewoof")):
         prepare(wanted)
-    assert not list(tmp_path.rglob("*.beton"))
+    assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.ffcv
+@pytest.mark.xdist_group("ffcv")
+def test_one_process_of_a_node_writes_with_all_cpus_and_compares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, bool]] = []
+    monkeypatch.setattr(beton, "ensure", lambda spec, workers, download, compare: calls.append((workers, compare)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for local_rank in range(2):
+        for name, value in {
+            "RANK": local_rank,
+            "WORLD_SIZE": 2,
+            "LOCAL_RANK": local_rank,
+            "LOCAL_WORLD_SIZE": 2,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+        prepare(config(tmp_path, "ffcv"), 2)
+    prepare(config(tmp_path, "ffcv", workers=3), 2)
+    assert calls == [(8, True), (8, False), (3, False)]
 
 
 def test_workers_are_capped_to_the_allowed_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,16 +293,20 @@ def test_workers_are_capped_to_the_allowed_cpus(tmp_path: Path, monkeypatch: pyt
     assert loaders.train._workers == 3  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["device", "torchvision"])
-def test_a_folder_of_images_runs_end_to_end(tmp_path: Path, name: str) -> None:
+def picture_folders(root: Path, classes: tuple[str, ...], train: int, val: int) -> None:
     draws = np.random.default_rng(0)
-    for part, count in (("train", 6), ("val", 2)):
-        for label in ("cat", "dog", "emu"):
+    for part, count in (("train", train), ("val", val)):
+        for label in classes:
             for number in range(count):
-                path = tmp_path / part / label / f"{number}.png"
+                path = root / part / label / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 size = (*draws.integers(20, 40, 2), 3)
                 Image.fromarray(draws.integers(0, 256, size, dtype=np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("name", ["device", "torchvision"])
+def test_a_folder_of_images_runs_end_to_end(tmp_path: Path, name: str) -> None:
+    picture_folders(tmp_path, ("cat", "dog", "emu"), 6, 2)
     loaders = built(tmp_path, name, name="folder", image_size=16, batch_size=4, val=0.2)
     assert loaders.spec.classes == 3
     assert loaders.val is not None

@@ -203,6 +203,7 @@ def test_missing_files_say_how_to_get_them(tmp_path: Path, name: str) -> None:
     text = message(lambda: open_split(name, tmp_path / name, "train"))
     assert str(tmp_path / name) in text
     assert "data.download=true" in text
+    assert "data.root" in text
     assert not (tmp_path / name).exists()
 
 
@@ -211,6 +212,7 @@ def test_what_cannot_be_downloaded_says_what_to_put_where(tmp_path: Path, name: 
     text = message(lambda: open_split(name, tmp_path / name, "train", download=True))
     assert str(tmp_path / name) in text
     assert "put there" in text
+    assert "data.root" in text
     assert "train/" in text
 
 
@@ -221,6 +223,7 @@ def test_a_failed_download_is_one_line_that_names_the_folder(tmp_path: Path, mon
     monkeypatch.setattr(published.CIFAR10, "download", refuse)
     text = message(lambda: open_split("cifar10", tmp_path / "cifar10", "train", download=True))
     assert "no route" in text
+    assert list(tmp_path.rglob("*")) == []
     assert str(tmp_path / "cifar10") in text
 
 
@@ -243,6 +246,7 @@ def test_imagenette_is_downloaded_whole_or_not_at_all(tmp_path: Path, monkeypatc
     monkeypatch.setattr(FakeImagenette, "interrupted", True)
     with pytest.raises(KeyboardInterrupt):
         open_split("imagenette", tmp_path, "train", download=True)
+    assert list(tmp_path.rglob("*")) == []
     assert "no data set" in message(lambda: open_split("imagenette", tmp_path, "train"))
     monkeypatch.setattr(FakeImagenette, "interrupted", False)
     assert len(open_split("imagenette", tmp_path, "train", download=True)) == 10

@@ -141,14 +141,14 @@ def test_a_damaged_image_is_named(files, tmp_path):
     at = blob.index(b"\xff\xd8", blob.index(b"\xff\xd8", blob.index(b"\xff\xd8") + 1) + 1)  # the third image
     blob[at : at + 300] = bytes(300)
     spoilt.write_bytes(blob)
-    loader = load({"spoilt": (spoilt, source)}, "spoilt", spec_of(), training=False, eval_batch_size=2)
+    loader = load({"spoilt": (spoilt, source)}, "spoilt", spec_of(), training=False, eval_batch=2)
     batches = iter(loader)
     next(batches)
     with pytest.raises(UserError, match=r"spoilt\.beton: image 2 is damaged"):
         next(batches)
 
 
-def test_files_that_are_damaged_or_too_small_are_refused(files, tmp_path):
+def test_files_that_are_damaged_or_hold_too_little_are_refused(files, tmp_path):
     path, source = files["square"]
     short = tmp_path / "short.beton"
     short.write_bytes(path.read_bytes()[:-100])
@@ -156,8 +156,6 @@ def test_files_that_are_damaged_or_too_small_are_refused(files, tmp_path):
         load({"short": (short, source)}, "short", spec_of())
     with pytest.raises(UserError, match="holds 203 samples"):
         load(files, "square", spec_of(), np.arange(SAMPLES + 1))
-    with pytest.raises(UserError, match="batch_size=300 is more than the 203"):
-        load(files, "square", spec_of(), shard=Shard(0, 1, 300))
 
 
 def test_workers_are_capped_and_torch_keeps_its_threads(files):
@@ -188,8 +186,8 @@ def test_import_keeps_torch_threads_and_the_process_ends_quietly(files):
         from utils.data.spec import DataSpec
         spec = DataSpec("folder", Path("/"), Path("/"), 7, 16, 16, 400, "raw", "crop", True, (0., 0., 0.),
                         (1., 1., 1.), 1.0, params.Data())
-        loader = ffcv_loader.make(spec, Path({str(files["square"][0])!r}), np.arange(203), Shard(0, 1, 20),
-            torch.device("cpu"), training=True, order_seed=0, channels_last=True, workers=1, eval_batch_size=20)
+        loader = ffcv_loader.FFCVLoader(spec, Path({str(files["square"][0])!r}), np.arange(203), Shard(0, 1, 20),
+            torch.device("cpu"), training=True, order_seed=0, channels_last=True, workers=1, eval_batch=20)
         print(sum(len(labels) for _, labels in loader))
         held = iter(loader)
         next(held)  # and the process ends with the thread at work

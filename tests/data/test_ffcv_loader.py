@@ -214,7 +214,7 @@ def test_padded_crops_of_images_of_any_size_are_made_of_their_centre_square(file
 
 
 def test_jpeg_images_are_close_to_their_originals(files):
-    options = {"training": False, "eval_batch_size": 60}
+    options = {"training": False, "eval_batch": 60}
     ((jpeg, _),) = load(files, "jpeg", spec_of(plain=True), **options)
     ((raw, _),) = load(files, "mixed", spec_of(plain=True), **options)
     difference = (jpeg - raw).abs()

@@ -93,3 +93,11 @@ def test_progressive_sizes_grow_in_sixteens_to_the_image_size() -> None:
     assert all(size % 16 == 0 for size in sizes)
     assert resolve(params.Data(progressive_size=4)).size_at(0.0) == 16
     assert resolve(params.Data()).size_at(0.5) is None
+
+
+def test_a_folder_that_is_missing_or_holds_one_class_is_refused_in_one_line(tmp_path: Path) -> None:
+    for root, words in ((tmp_path / "nowhere", r"nowhere.*data\.root"), (tmp_path, "one class, 'a'")):
+        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(UserError, match=words) as caught:
+            resolve(params.Data(name="folder", root=str(root)))
+        assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.data.splits import split, subset
+from utils.data.splits import balanced, split, subset
 from utils.system.errors import UserError
 
 LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=200).map(np.array)
@@ -75,3 +75,16 @@ def test_held_out_images_come_from_all_over_the_class() -> None:
 def test_a_subset_larger_than_the_training_images_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.subset=11 is more than the 10 "):
         subset(np.arange(10), np.zeros(10), 11, 0)
+
+
+def test_balanced_takes_so_many_of_every_class_in_turns() -> None:
+    labels = np.array([0] * 50 + [1] * 3 + [2] * 50)
+    indices = np.arange(1, 103)
+    chosen = balanced(indices, labels, 5, 3)
+    assert np.bincount(labels[chosen]).tolist() == [5, 3, 5]
+    assert labels[chosen].tolist() == [0, 1, 2] * 3 + [0, 2] * 2
+    assert len(set(chosen.tolist())) == 13
+    assert 0 not in chosen
+    assert balanced(indices, labels, 5, 3).tolist() == chosen.tolist()
+    assert set(balanced(indices, labels, 4, 3)) < set(chosen)
+    assert set(balanced(indices, labels, 5, 4)) != set(chosen)

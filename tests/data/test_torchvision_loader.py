@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 from typing import Any
@@ -249,9 +250,11 @@ def test_a_worker_that_dies_stops_the_iteration() -> None:
     train = loader(Noise(), Shard(0, 1, 1), 2)
     iterator = iter(train)
     next(iterator)
-    multiprocessing.active_children()[0].kill()
-    with pytest.raises(RuntimeError, match="worker"):
-        list(iterator)
+    with pytest.raises(RuntimeError, match="worker"):  # raised by the signal of its death, wherever that arrives
+        multiprocessing.active_children()[0].kill()
+        with contextlib.suppress(OSError, EOFError):  # what reading from it says, where that is quicker
+            list(iterator)
+        time.sleep(20)
     train.close()
     assert no_children()
     assert len(list(train)) == len(train)

@@ -32,7 +32,16 @@ class Recording(ImageClassification):
         return loss, logits
 
 
-def network(norm: bool) -> nn.Module:
+class Skipping(nn.Sequential):
+    """Has a layer that its forward pass never calls."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        for layer in list(self)[:-1]:
+            images = layer(images)
+        return images
+
+
+def network(kind: str) -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = [
         nn.Conv2d(3, 16, 3, padding=1),
@@ -40,12 +49,13 @@ def network(norm: bool) -> nn.Module:
         nn.Conv2d(16, 16, 3, stride=2, padding=1),
         nn.ReLU(),
     ]
-    if norm:
+    if kind == "norm":
         layers.insert(1, nn.BatchNorm2d(16))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 64, 64), nn.ReLU(), nn.Linear(64, 10))
+    layers += [nn.Flatten(), nn.Linear(16 * 64, 64), nn.ReLU(), nn.Linear(64, 10)]
+    return Skipping(*layers, nn.Linear(3, 3)) if kind == "unused" else nn.Sequential(*layers)
 
 
-def train(world: distributed.World, norm: bool, accumulation: int) -> dict:
+def train(world: distributed.World, kind: str, accumulation: int) -> dict:
     """20 steps and more of a masked network on digits; what this rank saw."""
     device = torch.device("cpu")
     params = build(
@@ -58,11 +68,12 @@ def train(world: distributed.World, norm: bool, accumulation: int) -> dict:
             "training.precision": "float32",
             "training.epochs": 1,
             "levels.count": 1,
+            "distributed.find_unused_parameters": kind == "unused",
         }
     )
     shard = Shard(world.rank, world.size, 48, accumulation)
     loaders = data.build(params, shard, device, channels_last=False, workers=1)
-    model, task = network(norm), Recording(10)
+    model, task = network(kind), Recording(10)
     place = {"world": world, "device": device, "console": Console(False)}
     trainer = Trainer(model, task, loaders, params.training, params.distributed, seed=0, **place)
     task.losses = []
@@ -82,10 +93,10 @@ def train(world: distributed.World, norm: bool, accumulation: int) -> dict:
 
 
 def main() -> None:
-    out, norm, accumulation = Path(sys.argv[1]), sys.argv[2] == "norm", int(sys.argv[3])
+    out, kind, accumulation = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     world = distributed.world()
     distributed.start(world, torch.device("cpu"))
-    report = train(world, norm, accumulation)
+    report = train(world, kind, accumulation)
     (out / f"rank{world.rank}.json").write_text(json.dumps(report))
     distributed.stop()
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.distributed
@@ -93,6 +94,34 @@ def test_a_run_resumed_at_a_level_has_the_bits_of_the_whole_run(tmp_path: Path, 
 def test_the_process_group_keeps_its_promises() -> None:
     done = launch(2, "tests/distributed/group_worker.py")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("--optimizer.name=adamw", "--optimizer.lr=0.002", "--training.precision=bfloat16"),
+        ("--optimizer.lr=0.02", "--training.precision=float16"),
+    ],
+    ids=["adamw-bfloat16", "sgd-float16"],
+)
+def test_masks_hold_on_two_ranks_with_everything_on(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """Clipping, accumulation, averaging, mixing and a mid-epoch rewind with its optimizer state, all at once."""
+    more = ["--training.clip=0.5", "--training.accumulation=2", "--training.ema=0.9", "--data.mixup=0.2"]
+    rewind = ["--levels.rewind=wr", "--levels.rewind_step=2it", "--levels.rewind_optimizer=true"]
+    done = harness(2, tmp_path / "runs", *more, *rewind, *keys)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number, row in enumerate(table(tmp_path / "runs")):
+        level = next((tmp_path / "runs").iterdir()) / f"level_{number:02d}"
+        mask = load_file(level / "mask.safetensors")
+        assert sum(int(bits.sum()) for bits in mask.values()) == int(row["kept_weights"])
+        for name in ("weights", "average"):
+            weights = load_file(level / f"{name}.safetensors")
+            assert all(weights[key][bits == 0].eq(0).all() for key, bits in mask.items()), name
+
+
+def test_parameters_that_a_forward_pass_skips(tmp_path: Path) -> None:
+    ranks = steps(tmp_path, 2, "unused")
+    assert len({rank["weights"] for rank in ranks}) == 1
 
 
 def test_wrong_input_under_torchrun_is_told_once_and_writes_nothing(tmp_path: Path) -> None:

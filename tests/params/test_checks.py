@@ -79,6 +79,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({**PLAN, "optimizer.nesterov": True, "optimizer.momentum": 0}, "optimizer.nesterov=true: needs momentum"),
     ({**PLAN, "optimizer.nesterov": True, "optimizer.name": "adamw"}, "optimizer.nesterov=true: has no effect"),
+    ({**PLAN, "optimizer.momentum": 0.5, "optimizer.name": "adam"}, "optimizer.momentum=0.5: has no effect"),
+    ({**PLAN, "optimizer.momentum": 0, "optimizer.name": "adamw"}, "optimizer.momentum=0.0: has no effect"),
     ({**PLAN, "optimizer.betas": [0.5, 0.9]}, "optimizer.betas=0.5,0.9: has no effect with optimizer.name=sgd"),
     ({**PLAN, "optimizer.eps": 1e-6}, "optimizer.eps=1e-06: has no effect with optimizer.name=sgd"),
     ({**PLAN, "optimizer.name": "adamw", "optimizer.betas": [0.5]}, "optimizer.betas: 1 numbers"),
@@ -94,6 +96,35 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**PLAN, "data.progressive_epochs": [0, 0.5]}, "data.progressive_epochs: has no effect"),
     ({**PLAN, "data.progressive_size": 160, "data.progressive_epochs": [0.5]}, "data.progressive_epochs"),
     ({**PLAN, "data.progressive_size": 160, "data.progressive_epochs": [0.9, 0.1]}, "data.progressive_epochs"),
+    ({**PLAN, "data.pad": 2, "data.augment": "none"}, "data.pad=2: has no effect with data.augment=none"),
+    ({**PLAN, "data.pad": 2, "data.augment": "rrc"}, "data.pad=2: has no effect with data.augment=rrc"),
+    ({**PLAN, "data.pad": 32, "data.augment": "crop", "data.image_size": 32}, "data.pad=32: can crop nothing but pad"),
+    ({**PLAN, "data.augment": "crop", "data.image_size": 4}, "data.pad=4: can crop nothing but padding"),
+    ({**PLAN, "data.cutout": 64, "data.image_size": 32}, "data.cutout=64: always covers the whole image"),
+    (
+        {**PLAN, "data.jpeg_quality": 80, "data.loader": "device"},
+        "data.jpeg_quality=80: has no effect with data.loader",
+    ),
+    ({**PLAN, "data.write_mode": "jpg", "data.loader": "torchvision"}, "data.write_mode=jpg: has no effect with"),
+    ({**PLAN, "data.max_resolution": 64, "data.loader": "device"}, "data.max_resolution=64: has no effect with"),
+    (
+        {**PLAN, "data.write_mode": "proportion", "data.compress_probability": 0.1, "data.loader": "device"},
+        "data.write_mode=proportion: has no effect with data.loader=device",
+    ),
+    (
+        {**PLAN, "data.jpeg_quality": 80, "data.write_mode": "raw"},
+        "data.jpeg_quality=80: has no effect with data.write",
+    ),
+    (
+        {**PLAN, "data.compress_probability": 0.1, "data.write_mode": "raw"},
+        "data.compress_probability=0.1: has no effect with data.write_mode=raw; drop it (default 0.5) or set",
+    ),
+    ({**PLAN, "data.compress_probability": 0.1, "data.write_mode": "jpg"}, "data.compress_probability=0.1: has no eff"),
+    (
+        {**PLAN, "data.compress_probability": 0.1},
+        "data.compress_probability=0.1: has no effect with data.write_mode=auto",
+    ),
+    ({**PLAN, "pruning.samples_per_class": 2}, "pruning.samples_per_class=2: has no effect with pruning.criterion=mag"),
     ({**PLAN, "data.subset": 100}, "data.subset=100: fewer images than training.batch_size=128"),
     ({**PLAN, "data.root": " "}, "data.root: empty"),
     # names
@@ -136,6 +167,18 @@ GOOD: list[dict[str, Any]] = [
     {**PLAN, "levels.rewind": "none", "levels.epochs": [10, 1, 1], "schedule.warmup": "5ep"},
     {**PLAN, "training.batch_size": 100, "training.accumulation": 4},
     {**PLAN, "optimizer.name": "adamw", "optimizer.betas": [0.5, 0.9], "optimizer.eps": 1e-6},
+    {**PLAN, "optimizer.momentum": 0.5},
+    {**PLAN, "optimizer.momentum": 0.9, "optimizer.name": "adamw"},
+    {**PLAN, "training.epochs": 3, "levels.epochs": [9, 2, 9]},
+    {**PLAN, "data.pad": 2, "data.augment": "crop", "data.image_size": 3},
+    {**PLAN, "data.pad": 2},
+    {**PLAN, "data.pad": 40, "data.image_size": 32},
+    {**PLAN, "data.cutout": 63, "data.image_size": 32},
+    {**PLAN, "data.cutout": 500},
+    {**PLAN, "data.image_size": 4},
+    {**PLAN, "data.jpeg_quality": 80, "data.max_resolution": 64, "data.write_mode": "jpg"},
+    {**PLAN, "data.jpeg_quality": 80},
+    {**PLAN, "data.jpeg_quality": 80, "data.write_mode": "proportion", "data.compress_probability": 0.1},
     {**PLAN, "data.loader": "torchvision", "data.randaugment": 2, "data.randaugment_magnitude": 5},
     {**PLAN, "data.progressive_size": 160, "data.progressive_epochs": [0.1, 0.1], "data.image_size": 160},
     {**PLAN, "pruning.layer_densities": ["fc.*=0", "layer[12]*=1", "a=b=0.5"]},
@@ -162,6 +205,19 @@ def test_a_schedule_of_ones_own_may_use_any_key(
     monkeypatch.setattr("utils.params.parsing.declared", lambda kind: {"mine": "", "sgd": "", "cosine": ""})
     values = {**PLAN, "schedule.name": "mine", "schedule.gamma": 0.5, "schedule.milestones": ["1ep"]}
     assert build(values).schedule.name == "mine"
+
+
+def test_a_criterion_that_reads_data_may_be_told_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.params.parsing.declared", lambda kind: {"mine": "", "sgd": "", "cosine": ""})
+    values = {**PLAN, "pruning.criterion": "mine", "pruning.samples_per_class": 2}
+    assert build(values).pruning.samples_per_class == 2
+
+
+def test_the_writer_of_beton_files_may_be_told_how_whatever_the_loader_of_the_run() -> None:
+    values = {"data.loader": "device", "data.write_mode": "jpg", "data.jpeg_quality": 80, "data.max_resolution": 64}
+    assert build(values, plan=False).data.jpeg_quality == 80
+    with pytest.raises(ParamError, match=r"data\.jpeg_quality=80: .*data\.write_mode=raw"):
+        build({**values, "data.write_mode": "raw"}, plan=False)
 
 
 def test_tools_that_train_nothing_skip_the_plan_but_not_the_rest() -> None:

@@ -39,7 +39,9 @@ optimizer:
 schedule:
   {name: cosine, warmup: 0it, warmup_start: 0.0, milestones: [], gamma: 0.1, start: 0.2, peak: 0.2, cooldown: 0.2,
    final: 0.0}
-pruning: {criterion: magnitude, allocation: global, density: none, moment: levels, exclude: [], layer_densities: []}
+pruning:
+  {criterion: magnitude, allocation: global, density: none, moment: levels, exclude: [], layer_densities: [],
+   samples_per_class: 10}
 levels:
   {spacing: geometric, rate: 0.2, target: none, count: none, densities: [], rewind: lrr, rewind_step: none,
    rewind_optimizer: false, rewind_schedule: continue, epochs: [], finetune_lr: auto, only: none}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from utils import models
 from utils.masks import Masks
 from utils.pruning import prune
 from utils.pruning.__main__ import main
+from utils.pruning.criteria import criterion
+from utils.system.registry import Entry
 
 COMMON = ["--data.name=cifar10", "--model.name=cifar/resnet20", "--pruning.allocation=erk", "--run.seed=3"]
 
@@ -25,7 +29,7 @@ def test_writes_the_mask_and_the_layers_and_prints_the_table(
     model = models.build("cifar/resnet20", 10, seed=3)
     masks = Masks.load(out, model)
     assert masks == prune(model, density=0.1, allocation="erk", seed=3)
-    table = pd.read_csv(tmp_path / "layers.csv")
+    table = pd.read_csv(tmp_path / "m.layers.csv")
     assert table[table.prunable].kept.sum() == masks.kept == int(0.1 * masks.total + 0.5)
     printed = capsys.readouterr().out
     assert f"{masks.kept:,}" in printed
@@ -54,6 +58,60 @@ def test_an_unreachable_request_writes_nothing(tmp_path: Path, capsys: pytest.Ca
     ]
     assert main([*COMMON, *words]) == 2
     assert "smallest feasible density is" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_masks_in_one_folder_keep_their_tables(tmp_path: Path) -> None:
+    for name, density in (("a", 0.5), ("b.2", 0.1)):
+        assert main([*COMMON, f"--pruning.density={density}", "--out", str(tmp_path / f"{name}.safetensors")]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"a.safetensors", "a.layers.csv", "b.2.safetensors", "b.2.layers.csv"}
+    kept = [pd.read_csv(tmp_path / f"{n}.layers.csv").query("prunable").kept.sum() for n in ("a", "b.2")]
+    assert kept[0] > 4 * kept[1]
+
+
+def reading(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Register the criterion `mine`, |w dL/dw| on training batches; returns the batches it is given."""
+    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def mine(model: Any, masks: Masks, batches: Any, loss: Any, *, generator: Any) -> dict[str, torch.Tensor]:
+        seen.append(list(batches))
+        parameters = dict(model.named_parameters())
+        grads = torch.autograd.grad(sum(loss(model, batch) for batch in batches), [parameters[n] for n in masks])
+        return {n: (g * parameters[n]).detach().abs() for n, g in zip(masks, grads, strict=True)}
+
+    criterion.load()
+    monkeypatch.setitem(criterion._entries, "mine", Entry("mine", mine, {"batchnorm": "eval", "reads": "train"}))
+    monkeypatch.setattr("utils.params.parsing.declared", lambda kind: {"mine": "", "cifar/resnet20": "", "digits": "",
+                        "global": "", "sgd": "", "cosine": ""})  # fmt: skip
+    return seen
+
+
+DIGITS = [
+    "--data.name=digits", "--data.loader=device", "--model.name=cifar/resnet20", "--training.batch_size=16",
+    "--training.accumulation=2", "--pruning.criterion=mine", "--pruning.samples_per_class=3",
+]  # fmt: skip
+
+
+def test_a_criterion_that_reads_data_is_fed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, out = reading(monkeypatch), tmp_path / "m.safetensors"
+    assert main([*DIGITS, "--pruning.density=0.2", "--out", str(out)]) == 0
+    ((*whole, last),) = seen
+    assert all(len(images) == len(labels) == 8 for images, labels in whole)
+    assert 1 <= len(last[1]) <= 8
+    assert torch.cat([labels for _, labels in seen[0]]).bincount().tolist() == [3] * 10
+    model = models.build("cifar/resnet20", 10, seed=0, image_size=16)
+    assert Masks.load(out, model) == prune(model, density=0.2, criterion="mine", batches=seen[0])
+
+
+def test_an_unreachable_request_is_refused_before_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = reading(monkeypatch)
+    words = [*DIGITS, "--data.loader=ffcv", f"--data.betons={tmp_path / 'b'}", "--pruning.density=0.001"]
+    assert main([*words, "--pruning.layer_densities=conv1.weight=1", "--out", str(tmp_path / "m.safetensors")]) == 2
+    assert "smallest feasible density is" in capsys.readouterr().err
+    assert not seen
     assert not list(tmp_path.iterdir())
 
 

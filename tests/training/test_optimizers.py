@@ -196,8 +196,12 @@ def test_torchvision_models_decay_their_layers_weights(name: str) -> None:
              "coat_tiny", "mvitv2_tiny", "xcit_nano_12_p16_224", "evonorm", "nf_resnet50", "fastvit_t8", "volo_d1_224"]
 )  # fmt: skip
 def test_timm_models_decay_their_layers_weights(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model("resnetv2_50d_evos" if name == "evonorm" else name)
+    short = "resnetv2_50d_evos" if name == "evonorm" else name
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(short)
+    except RuntimeError:  # constructors of older timm read numbers off tensors
+        model = timm.create_model(short)
     expected = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))}
     assert decayed_names(model) == expected
 

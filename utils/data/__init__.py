@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import logging
@@ -13,14 +14,15 @@ import numpy as np
 import torch
 
 from utils.data.datasets import SPLITS, open_split
+from utils.data.datasets.sources import MissingData
 from utils.data.order import Shard
 from utils.data.protocol import Batch, Loader
 from utils.data.resolve import resolve
 from utils.data.spec import DataSpec
-from utils.data.splits import split, subset
-from utils.params import Params
+from utils.data.splits import balanced, split, subset
+from utils.params import Data, Params
 from utils.system.cpus import allowed_cpus
-from utils.system.distributed import from_main
+from utils.system.distributed import from_main, world
 from utils.system.errors import UserError
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Loaders",
     "Shard",
     "build",
+    "count_training",
     "default_workers",
     "prepare",
     "resolve",
@@ -53,6 +56,19 @@ class Loaders:
     digests: dict[str, str]
     """Hex digest of what was read, by split ("train", "test")."""
     loader: str
+    open_scoring: Callable[[int, int], Loader]
+    """(images per class, batch size) -> the loader `scoring` reads once."""
+
+    def scoring(self, per_class: int, batch_size: int) -> list[Batch]:
+        """Batches of `per_class` training images of every class (all of a class that has fewer), classes taking turns.
+
+        Shown as in evaluation, never held-out images, chosen by the order seed: the same batches on every rank.
+        """
+        loader = self.open_scoring(per_class, batch_size)
+        try:
+            return take(loader, len(loader))
+        finally:
+            loader.close()
 
     def close(self) -> None:
         """Stop all threads and processes; the loaders can be iterated again afterwards."""
@@ -63,12 +79,12 @@ class Loaders:
 
 @dataclass
 class _Opened:
-    """Both splits of a data set, ready for loaders. `make` takes (split, indices, training)."""
+    """Both splits of a data set, ready for loaders. `make` takes (split, indices, training, shard, eval_batch)."""
 
     labels: np.ndarray
     test_samples: int
     digests: dict[str, str]
-    make: Callable[[str, np.ndarray, bool], Loader]
+    make: Callable[[str, np.ndarray, bool, Shard, int], Loader]
 
 
 def default_workers(local_size: int) -> int:
@@ -80,14 +96,15 @@ def prepare(params: Params, local_size: int = 1) -> None:
     """Download the data set and write its .beton files where they are missing.
 
     Every process of a node may call this at once, before the process group starts: one does the work under a file
-    lock, the others wait for it. Raises UserError when data is missing and cannot be had.
+    lock, with all allowed CPUs whatever `local_size`, the others wait for it; local rank 0 holds .beton files that are
+    there against their source. Raises UserError when data is missing and cannot be had, or has changed.
     """
     data = params.data
     spec = resolve(data)
     if _usable(data.loader, warn=False) == "ffcv":
         from utils.data import beton
 
-        beton.ensure(spec, min(data.workers or default_workers(local_size), allowed_cpus()), data.download)
+        beton.ensure(spec, data.workers or allowed_cpus(), data.download, compare=world().local_rank == 0)
         return
     for name in SPLITS:
         open_split(spec.name, spec.directory, name, data.download)
@@ -102,64 +119,103 @@ def build(params: Params, shard: Shard, device: torch.device, channels_last: boo
     data = params.data
     spec = resolve(data)
     kind = _usable(data.loader, warn=shard.rank == 0)
+    order_seed = params.run.seed if data.order_seed is None else data.order_seed
     common: dict[str, Any] = {
-        "order_seed": params.run.seed if data.order_seed is None else data.order_seed,
+        "device": device,
+        "order_seed": order_seed,
         "channels_last": channels_last,
         "workers": max(1, min(workers, allowed_cpus())),
     }
+    opened = (_open_betons if kind == "ffcv" else _open_sources)(spec, kind, common)
+    train, val = _indices(params, opened.labels, shard.batch_size)
     eval_batch = params.training.eval_batch_size or 2 * shard.micro_batch
-    opened = (_open_betons if kind == "ffcv" else _open_sources)(spec, kind, shard, device, eval_batch, common)
-    train, val = _indices(params, opened.labels, shard)
+
+    def open_scoring(per_class: int, batch_size: int) -> Loader:
+        chosen = balanced(train, opened.labels, per_class, order_seed)
+        return opened.make("train", chosen, False, Shard(), batch_size)
+
     return Loaders(
-        train=opened.make("train", train, True),
-        val=opened.make("train", val, False) if len(val) else None,
-        test=opened.make("test", np.arange(opened.test_samples), False),
+        train=opened.make("train", train, True, shard, eval_batch),
+        val=opened.make("train", val, False, shard, eval_batch) if len(val) else None,
+        test=opened.make("test", np.arange(opened.test_samples), False, shard, eval_batch),
         spec=spec,
         digests=opened.digests,
         loader=kind,
+        open_scoring=open_scoring,
     )
 
 
-def _indices(params: Params, labels: np.ndarray, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+def count_training(params: Params) -> int | None:
+    """Training images after val split and subset, as `build` would use them; None when no data set is there.
+
+    Reads labels alone, of the .beton file where it fits, else of the source; downloads and writes nothing. Raises
+    UserError as `build` does for shares and batch sizes that leave too few.
+    """
+    labels = _labels_there(params)
+    return None if labels is None else len(_indices(params, labels, params.training.batch_size)[0])
+
+
+def _labels_there(params: Params) -> np.ndarray | None:
+    from utils.data import beton
+
+    spec = resolve(params.data)
+    path = beton.path_of(spec, "train")
+    if params.data.loader == "ffcv" and beton.sidecar_of(path).is_file():
+        with contextlib.suppress(UserError):  # a run would refuse this file and say how to mend it
+            beton.check(path, spec, "train")
+            return beton.labels(path)
+    try:
+        return open_split(spec.name, spec.directory, "train").labels
+    except MissingData:
+        return None
+
+
+def _indices(params: Params, labels: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Which training images are trained on, and which are held out."""
     data = params.data
     train, val = split(labels, data.val, data.split_seed)
     if data.val > 0 and not len(val):
         raise UserError(f"data.val={data.val} holds out none of the {len(labels)} training images; raise it or set 0")
+    if not len(train):
+        raise UserError(f"data.val={data.val} holds out all of the {len(labels)} training images; lower it")
     if data.subset is not None:
         train = subset(train, labels, data.subset, data.split_seed)
-    if len(train) < shard.batch_size:
+    if len(train) < batch_size:
         raise UserError(
-            f"training.batch_size={shard.batch_size} is more than the {len(train)} training images; lower it"
+            f"training.batch_size={batch_size} is more than the {len(train)} training images"
+            f"{_too_few_because(data, len(labels), batch_size)}"
         )
     return train, val
 
 
-def _open_betons(
-    spec: DataSpec, kind: str, shard: Shard, device: torch.device, eval_batch: int, common: dict[str, Any]
-) -> _Opened:
-    from utils.data import beton, ffcv_loader
+def _too_few_because(data: Data, images: int, batch_size: int) -> str:
+    """What left fewer training images than a batch, and the mend."""
+    if images < batch_size:
+        return "; lower it"
+    if data.subset is not None:
+        return f" of data.subset={data.subset}; lower the one or raise the other"
+    return f" that data.val={data.val} leaves; lower one of the two"
+
+
+def _open_betons(spec: DataSpec, kind: str, common: dict[str, Any]) -> _Opened:
+    from utils.data import beton
+    from utils.data.ffcv_loader import FFCVLoader
 
     paths = {name: beton.path_of(spec, name) for name in SPLITS}
     digests = {name: str(beton.check(path, spec, name)["digest"]) for name, path in paths.items()}
 
-    def make(name: str, indices: np.ndarray, training: bool) -> Loader:
-        made: Loader = ffcv_loader.make(
-            spec, paths[name], indices, shard, device, training=training, eval_batch_size=eval_batch, **common
-        )
-        return made
+    def make(name: str, indices: np.ndarray, training: bool, shard: Shard, eval_batch: int) -> Loader:
+        return FFCVLoader(spec, paths[name], indices, shard, training=training, eval_batch=eval_batch, **common)
 
     return _Opened(beton.labels(paths["train"]), len(beton.labels(paths["test"])), digests, make)
 
 
-def _open_sources(
-    spec: DataSpec, kind: str, shard: Shard, device: torch.device, eval_batch: int, common: dict[str, Any]
-) -> _Opened:
+def _open_sources(spec: DataSpec, kind: str, common: dict[str, Any]) -> _Opened:
     kind_of = _loader_class(kind)
     sources = {name: open_split(spec.name, spec.directory, name) for name in SPLITS}
 
-    def make(name: str, indices: np.ndarray, training: bool) -> Loader:
-        return kind_of(spec, sources[name], indices, shard, device, training=training, eval_batch=eval_batch, **common)
+    def make(name: str, indices: np.ndarray, training: bool, shard: Shard, eval_batch: int) -> Loader:
+        return kind_of(spec, sources[name], indices, shard, training=training, eval_batch=eval_batch, **common)
 
     # One rank asks the file system for a million sizes, not all of them.
     digests = from_main(lambda: {name: source.digest() for name, source in sources.items()})

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from utils.data import beton_format
 from utils.data.beton_format import MEND
 from utils.data.beton_writer import Encoder, Progress, write_images
 from utils.data.datasets import SPLITS, open_split
-from utils.data.datasets.sources import one_line
+from utils.data.datasets.sources import FileSource, MissingData, holds_images, one_line
+from utils.data.lock import locked
 from utils.data.protocol import Source
 from utils.data.spec import DataSpec
 from utils.system import atomic
@@ -63,6 +63,7 @@ def write(source: Source, path: Path, spec: DataSpec, workers: int, progress: bo
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= spec.classes:
         raise UserError(f"{spec.name}: no images, or labels outside 0..{spec.classes - 1}; check {spec.directory}")
     encoder = Encoder(spec.write_mode, spec.max_resolution, spec.data.jpeg_quality, spec.data.compress_probability)
+    digest = source.digest()  # before any image is read: one that changes meanwhile must not pass for what was written
     bar = Progress(path, len(labels), progress)
     try:
         with atomic.replacing(path) as temporary:
@@ -75,7 +76,7 @@ def write(source: Source, path: Path, spec: DataSpec, workers: int, progress: bo
                 "histogram": np.bincount(labels, minlength=len(source.classes)).tolist(),
                 "writer": writer_parameters(spec),
                 "directory": str(spec.directory.resolve()),
-                "source": source.digest(),
+                "source": digest,
                 "bytes": temporary.stat().st_size,
                 "sha256": atomic.sha256(temporary),
             }
@@ -104,7 +105,7 @@ def check(path: Path, spec: DataSpec, split: str, verify: bool = False) -> dict[
     header = beton_format.read_header(path)
     if sidecar is None:
         return _without_sidecar(header, spec, split)
-    _compare(path, split, sidecar, header.samples, spec)
+    _compare(path, sidecar, header.samples, spec)
     if verify and atomic.sha256(path) != sidecar["sha256"]:
         raise UserError(f"{path}: damaged (its SHA-256 is not that of {sidecar_of(path).name}); {MEND}")
     return sidecar
@@ -116,38 +117,73 @@ def labels(path: Path) -> np.ndarray:
     return beton_format.read_metadata(header)["label"].astype(np.int64)
 
 
-def ensure(spec: DataSpec, workers: int, download: bool, force: bool = False, progress: bool = True) -> dict[str, Path]:
+def check_source(path: Path, spec: DataSpec, split: str, sidecar: dict[str, Any]) -> None:
+    """Raise UserError when `path` was written from other images than the source holds, as names, sizes and labels tell.
+
+    A source that is gone, or that `path`'s writer did not note down, is no error.
+    """
+    written = sidecar.get("source")
+    source = _listed(spec, split) if written else None
+    if source is None or source.digest() == written:
+        return
+    origin = sidecar.get("directory", "")
+    if origin == str(spec.directory.resolve()):
+        raise UserError(f"{path}: stale, the images or classes in {origin} have changed since; {MEND}")
+    raise UserError(f"{path}: written from {origin}, not from {spec.directory}; {MEND}")
+
+
+def _listed(spec: DataSpec, split: str) -> FileSource | None:
+    """The source as class folders; None when there are none, for torchvision holds its own files to their checksums."""
+    if not any(holds_images(train) for train in (spec.directory / "train", *spec.directory.glob("*/train"))):
+        return None
+    try:
+        source = open_split(spec.name, spec.directory, split)
+    except MissingData:
+        return None
+    return source if isinstance(source, FileSource) else None
+
+
+def ensure(
+    spec: DataSpec, workers: int, download: bool, force: bool = False, progress: bool = True, compare: bool = True
+) -> dict[str, Path]:
     """Paths of the splits "train" and "test", checked; missing files are written first, under a lock.
 
-    Any number of processes may call this at once: one writes, the others wait. `force` writes them anew; `progress`
-    reports the writing. Raises UserError for a damaged file, or when a missing one's source is missing too.
+    Any number of processes may call this at once: one writes, the others wait. `force` writes them anew, `progress`
+    reports the writing, `compare` holds files that are there against their source (one process of a node is enough).
+    Raises UserError for a damaged or stale file, or, before anything is made, when a missing one's source is missing.
     """
-    return {split: ensure_split(spec, split, workers, download, force, progress) for split in SPLITS}
+    paths = {split: path_of(spec, split) for split in SPLITS}
+    sources: dict[str, Source] = {}
+    for split, path in paths.items():
+        if force or not path.is_file():
+            sources[split] = open_split(spec.name, spec.directory, split, download)
+    for split, path in paths.items():
+        written = split in sources and _written(sources[split], path, spec, split, workers, force, progress)
+        if not written:
+            _check_there(path, spec, split, compare)
+    return paths
 
 
-def ensure_split(
-    spec: DataSpec, split: str, workers: int, download: bool, force: bool = False, progress: bool = True
-) -> Path:
-    """`ensure` for one split."""
-    path = path_of(spec, split)
-    # A file whose sidecar has not come yet may be one that is just being finished: only the lock can tell.
-    if not force and path.is_file() and sidecar_of(path).is_file():
-        check(path, spec, split)
-        return path
+def _written(source: Source, path: Path, spec: DataSpec, split: str, workers: int, force: bool, progress: bool) -> bool:
+    """Write `path` under the lock; False when another process was quicker."""
     with _lock(spec, path):
         if path.exists() and not force:
-            check(path, spec, split)
-            return path
-        for left in path.parent.glob(
-            f".{path.name}.*.tmp"
-        ):  # of writers that were killed: none is alive, we hold the lock
+            return False
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed writer: none is alive, we hold the lock
             left.unlink(missing_ok=True)
-        source = open_split(spec.name, spec.directory, split, download)
         started = time.perf_counter()
         write(source, path, spec, workers, progress)
         if progress:
             print(described(path, check(path, spec, split), time.perf_counter() - started), flush=True)
-    return path
+    return True
+
+
+def _check_there(path: Path, spec: DataSpec, split: str, compare: bool) -> None:
+    # A file whose sidecar has not come yet may be one that is just being finished: only the lock can tell.
+    with contextlib.nullcontext() if sidecar_of(path).is_file() else _lock(spec, path):
+        sidecar = check(path, spec, split)
+    if compare:
+        check_source(path, spec, split, sidecar)
 
 
 def described(path: Path, sidecar: dict[str, Any], seconds: float) -> str:
@@ -162,26 +198,16 @@ def _lock(spec: DataSpec, path: Path) -> Iterator[None]:
 
     In a folder where nobody may write, nobody is writing: what is there is used without a lock.
     """
-    lock: FileLock | None = None
-    try:
-        spec.betons.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(spec.betons / f".{spec.name}.lock"))
+    waiting = f"waiting for another process that writes {spec.name} in {spec.betons}"
+    with contextlib.ExitStack() as stack:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting for another process that writes {spec.name} in {spec.betons}", file=sys.stderr, flush=True)
-            lock.acquire()
-    except OSError as error:
-        if not path.is_file():
-            raise UserError(
-                f"{spec.betons}: cannot write there ({one_line(error)}); set data.betons elsewhere"
-            ) from error
-        lock = None
-    try:
+            stack.enter_context(locked(spec.betons / f".{spec.name}.lock", waiting))
+        except OSError as error:
+            if not path.is_file():
+                raise UserError(
+                    f"{spec.betons}: cannot write there ({one_line(error)}); set data.betons elsewhere"
+                ) from error
         yield
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 def _read_sidecar(path: Path) -> dict[str, Any]:
@@ -218,24 +244,13 @@ def _without_sidecar(header: beton_format.Header, spec: DataSpec, split: str) ->
     }
 
 
-def _compare(path: Path, split: str, sidecar: dict[str, Any], samples: int, spec: DataSpec) -> None:
+def _compare(path: Path, sidecar: dict[str, Any], samples: int, spec: DataSpec) -> None:
     if sidecar["samples"] != samples:
         raise UserError(f"{path}: holds {samples} samples, {sidecar_of(path).name} says {sidecar['samples']}; {MEND}")
     if len(sidecar["classes"]) != spec.classes:
         raise UserError(f"{path}: has {len(sidecar['classes'])} classes where {spec.name} has {spec.classes}; {MEND}")
     if sidecar["writer"] != writer_parameters(spec):
         raise UserError(f"{path}: written with {sidecar['writer']}, not {writer_parameters(spec)}; {MEND}")
-    if spec.name == "folder":
-        _compare_folder(path, split, sidecar, spec)
-
-
-def _compare_folder(path: Path, split: str, sidecar: dict[str, Any], spec: DataSpec) -> None:
-    """Any folder is called `folder`: a file of another one must not pass for this one's; a moved folder's may."""
-    origin = sidecar.get("directory", "")
-    if origin == str(spec.directory.resolve()) or not spec.directory.is_dir():
-        return
-    if open_split(spec.name, spec.directory, split).digest() != sidecar.get("source"):
-        raise UserError(f"{path}: written from {origin}, not from {spec.directory}; set data.betons to another folder")
 
 
 def main(arguments: list[str]) -> None:
@@ -249,13 +264,12 @@ def main(arguments: list[str]) -> None:
     try:
         force = _yes(given.get("force", "false"))
         spec = resolve(params.data)
-        for split in SPLITS:
+        kept = [] if force else [split for split in SPLITS if path_of(spec, split).is_file()]
+        paths = ensure(spec, params.data.workers or allowed_cpus(), params.data.download, force)
+        for split in kept:
             started = time.perf_counter()
-            path = path_of(spec, split)
-            if path.is_file() and not force:
-                print(described(path, check(path, spec, split, verify=True), time.perf_counter() - started), flush=True)
-            else:
-                ensure_split(spec, split, params.data.workers or allowed_cpus(), params.data.download, force)
+            sidecar = check(paths[split], spec, split, verify=True)
+            print(described(paths[split], sidecar, time.perf_counter() - started), flush=True)
     except UserError as error:
         print(f"sieve: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

@@ -25,8 +25,8 @@ class FFCVLoader(Batching):
     """A `Loader` of the images of one .beton file.
 
     Order, boxes, shifts and mirrors are `Batching`'s and `augment`'s; only the filters of JPEG and resizing are FFCV's
-    own (OpenCV, by pixel areas). Pixels stay bytes until they are on the device. Raises UserError for a batch size no
-    epoch can fill, and, while iterating, for an image that cannot be decoded.
+    own (OpenCV, by pixel areas). Pixels stay bytes until they are on the device. Built once per split; its code is
+    compiled at the first batch. Raises UserError, while iterating, for an image that cannot be decoded.
     """
 
     def __init__(
@@ -128,35 +128,3 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.nd
     """Centre squares (y, x, side, side), int(ratio * shorter side) wide, of images of the given sizes: int64 [n, 4]."""
     sides = np.maximum(1, (ratio * np.minimum(heights, widths)).astype(np.int64))
     return np.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], axis=1)
-
-
-def make(
-    spec: DataSpec,
-    beton: Path,
-    indices: np.ndarray,
-    shard: Shard,
-    device: torch.device,
-    *,
-    training: bool,
-    order_seed: int,
-    channels_last: bool,
-    workers: int,
-    eval_batch_size: int,
-) -> FFCVLoader:
-    """A loader of samples `indices` of a .beton file; built once per split, its code is compiled at its first batch."""
-    if training and shard.steps(len(indices)) == 0:
-        raise UserError(
-            f"training.batch_size={shard.batch_size} is more than the {len(indices)} training images; lower it"
-        )
-    return FFCVLoader(
-        spec,
-        beton,
-        indices,
-        shard,
-        device,
-        training=training,
-        order_seed=order_seed,
-        channels_last=channels_last,
-        workers=workers,
-        eval_batch=eval_batch_size,
-    )

@@ -34,6 +34,18 @@ def subset(train_idx: np.ndarray, labels: np.ndarray, count: int, seed: int) -> 
     return _choose(np.asarray(train_idx, dtype=np.int64), labels, count, derive("subset", seed))
 
 
+def balanced(indices: np.ndarray, labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """`per_class` of `indices` of every class (all of a class that has fewer), the classes taking turns, int64."""
+    own = np.asarray(labels)[indices]
+    draws = uniform(derive("scoring", seed), indices, 0)
+    turns = np.empty(len(indices), dtype=np.int64)
+    for label in np.unique(own):
+        members = np.flatnonzero(own == label)
+        turns[members[np.argsort(draws[members], kind="stable")]] = np.arange(len(members))
+    order = np.lexsort((own, turns))
+    return np.asarray(indices, dtype=np.int64)[order[turns[order] < per_class]]
+
+
 def _choose(indices: np.ndarray, labels: np.ndarray, count: int, key: int) -> np.ndarray:
     """`count` of `indices`, shared over their classes in proportion, sorted."""
     own = np.asarray(labels)[indices]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -49,7 +49,13 @@ class Zoo(Protocol):
 
 
 def build(
-    name: str, num_classes: int, *, pretrained: str = "", image_size: int | None = None, seed: int = 0
+    name: str,
+    num_classes: int,
+    *,
+    pretrained: str = "",
+    image_size: int | None = None,
+    other_sizes: Mapping[str, int] | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """The network called `name` for RGB images, in train mode, on the CPU, in float32.
 
@@ -58,6 +64,7 @@ def build(
         weights (`default`, `IMAGENET1K_V1`, a timm tag). A head of another size is dropped and starts fresh.
     image_size: side of the square images in pixels. It shapes transformers with fixed positions, and the network is
         tried on one such image. None: the network's own, untried.
+    other_sizes: sizes it must take too, by the parameter they come from (evaluation, progressive resizing).
     seed: initial weights are a function of (seed, name, num_classes), whatever the thread count; no global random
         state is read or changed.
 
@@ -74,7 +81,8 @@ def build(
         if zoo is not None:
             zoo.loaded(network, short, path.name)
     if image_size is not None:
-        _try(network, name, num_classes, image_size)
+        for key, size in {"data.image_size": image_size, **(other_sizes or {})}.items():
+            _try(network, name, num_classes, size, key)
     return network.train()
 
 
@@ -125,12 +133,12 @@ def _drawing_from(text: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _try(network: nn.Module, name: str, num_classes: int, size: int) -> None:
+def _try(network: nn.Module, name: str, num_classes: int, size: int, key: str) -> None:
     """Run one black image through, so that a wrong size stops a run before it starts. Leaves no trace."""
     try:
         with torch.random.fork_rng(devices=[]):
             out = network.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        raise UserError(weights.bad_size(name, size, error)) from error
+        raise UserError(weights.bad_size(name, size, error, key)) from error
     if not isinstance(out, torch.Tensor) or out.shape != (1, num_classes):
         raise UserError(f"model.name: {name} is not an image classifier: its output is not one score per class")

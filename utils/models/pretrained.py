@@ -41,10 +41,10 @@ def one_line(error: BaseException, longest: int = 160) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-def bad_size(name: str, size: int | None, error: BaseException) -> str:
-    """The message for images a network cannot take."""
+def bad_size(name: str, size: int | None, error: BaseException, key: str = "data.image_size") -> str:
+    """The message for images a network cannot take; `key` is the parameter their size comes from."""
     reason = one_line(error) or "its layers do not fit"
-    return f"data.image_size: {name} cannot take {size} px images ({reason}); take another size"
+    return f"{key}: {name} cannot take {size} px images ({reason}); take another size"
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
@@ -53,10 +53,10 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     A state dict inside `state_dict`, `model` or `model_state_dict` is found, and the prefixes DDP and torch.compile
     give to keys are dropped. Raises UserError naming a file that is missing, truncated or holds no weights.
     """
-    if path.suffix.lower() == ".safetensors":
-        return _plain_keys(files.load_weights(path))
     if not path.is_file():
         raise UserError(f"model.pretrained: {path}: no such file")
+    if path.suffix.lower() == ".safetensors":
+        return _plain_keys(files.load_weights(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # broken archives and pickles raise nearly anything

@@ -25,11 +25,16 @@ _IGNORED: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("schedule.peak", "schedule.name", ("constant", "step", "cosine", "trapezoidal"), "triangular or onecycle"),
     ("schedule.cooldown", "schedule.name", ("constant", "step", "cosine", "triangular", "onecycle"), "trapezoidal"),
     ("schedule.final", "schedule.name", ("constant", "step"), "cosine, triangular, trapezoidal or onecycle"),
+    ("optimizer.momentum", "optimizer.name", ("adam", "adamw"), "sgd"),
     ("optimizer.nesterov", "optimizer.name", ("adam", "adamw"), "sgd"),
     ("optimizer.betas", "optimizer.name", ("sgd",), "adam or adamw"),
     ("optimizer.eps", "optimizer.name", ("sgd",), "adam or adamw"),
     ("data.randaugment", "data.loader", ("ffcv", "device"), "torchvision"),
     ("data.progressive_size", "data.loader", ("device",), "ffcv or torchvision"),
+    ("data.pad", "data.augment", ("none", "rrc"), "crop"),
+    ("data.jpeg_quality", "data.write_mode", ("raw",), "jpg or proportion"),
+    ("data.compress_probability", "data.write_mode", ("auto", "raw", "jpg"), "proportion"),
+    ("pruning.samples_per_class", "pruning.criterion", ("magnitude", "random"), "a criterion that reads data"),
     ("distributed.sync_batchnorm", "run.device", ("cpu",), "cuda"),
 )
 """(key, other key, values of the other key that ignore the first, values that use it); for non-default values only."""
@@ -45,7 +50,12 @@ _PLAN_IGNORED: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("levels.rewind_optimizer", "levels.rewind", ("imp", "lrr", "none"), "wr"),
     ("levels.rewind_schedule", "levels.rewind", ("imp", "lrr", "none"), "wr"),
     ("levels.finetune_lr", "levels.rewind", ("imp", "wr", "lrr"), "none"),
+    ("data.write_mode", "data.loader", ("device", "torchvision"), "ffcv"),
+    ("data.max_resolution", "data.loader", ("device", "torchvision"), "ffcv"),
+    ("data.jpeg_quality", "data.loader", ("device", "torchvision"), "ffcv"),
+    ("data.compress_probability", "data.loader", ("device", "torchvision"), "ffcv"),
 )
+"""The same for runs alone: other tools prune to one density, or write .beton files whatever the run's loader is."""
 
 
 def check(params: Params, plan: bool = True) -> None:
@@ -178,6 +188,15 @@ def _data(params: Params) -> Iterator[str]:
         )
     if _changed(keys()["data.randaugment_magnitude"], params) and not data.randaugment:
         yield "data.randaugment_magnitude: has no effect without data.randaugment; set both or drop it"
+    if data.image_size is not None and data.cutout >= 2 * data.image_size:
+        yield (
+            f"data.cutout={data.cutout}: always covers the whole image of data.image_size={data.image_size}; lower it"
+        )
+    if data.image_size is not None and data.augment == "crop" and data.pad >= data.image_size:
+        yield (
+            f"data.pad={data.pad}: can crop nothing but padding from an image of data.image_size={data.image_size}; "
+            "lower it"
+        )
     yield from _progressive(params)
 
 

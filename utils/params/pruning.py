@@ -26,3 +26,4 @@ class Pruning:
     layer_densities: tuple[str, ...] = param(
         (), "`glob=density` entries that fix single layers; the rest share what is left"
     )
+    samples_per_class: int = param(10, "training images per class that data-reading criteria score on", low=1)

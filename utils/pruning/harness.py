@@ -14,6 +14,7 @@ from utils.masks import Masks, bare
 from utils.params.pruning import Pruning
 from utils.pruning import fixed
 from utils.pruning.allocations import allocation
+from utils.pruning.counts import Counts
 from utils.pruning.criteria import Batches, Loss, Scores, check_traits, criterion
 from utils.pruning.preserve import preserved
 from utils.pruning.select import Layer, Pool, covers, kept_count, layers_of, top
@@ -53,6 +54,23 @@ class PruningHarness:
         self._allocate = allocation[pruning.allocation]
         fixed.parse(pruning.layer_densities)
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether the criterion scores on training batches, which `prune` and `score` then need."""
+        return bool(self._criterion.traits["reads"] == "train")
+
+    def check(self, masks: Masks, densities: Sequence[float], iterative: bool) -> None:
+        """Raise the UserError that pruning `masks` to `densities` would raise, without scoring anything.
+
+        iterative: each density is pruned from the masks of the one before; else each from `masks`. Exact: what passes
+        is pruned without complaint (NaN scores apart) and what works passes. Layer densities that fix no layer are
+        refused even when there is no density to prune to.
+        """
+        start = counts = self._counts(masks)
+        for density in densities:
+            after = counts.pruned(density)
+            counts = after if iterative else start
+
     def prune(self, model: nn.Module, masks: Masks | None, density: float, batches: Batches = ()) -> Pruned:
         """Masks with exactly floor(density * total + 0.5) weights, all of them live in `masks` (None: all live).
 
@@ -60,15 +78,16 @@ class PruningHarness:
         they are returned as they are. Raises UserError for a density that cannot be reached and for NaN scores.
         """
         masks = Masks.dense(model, self.pruning.exclude) if masks is None else masks.check(model)
-        if not self._settled(masks, density):
+        counts = self._counts(masks)
+        if counts.pruned(density) is not counts:
             masks = self.select(self.score(model, masks, batches), masks, density)
         return Pruned(masks, (Round(density, masks.density),))
 
     def score(self, model: nn.Module, masks: Masks, batches: Batches = ()) -> Scores:
         """The criterion's scores, checked: one tensor per entry of `masks`, of its shape, without NaN."""
         name, traits = self._criterion.name, self._criterion.traits
-        batches = list(batches) if traits["reads"] == "train" else ()
-        if traits["reads"] == "train" and not batches:
+        batches = list(batches) if self.reads_data else ()
+        if self.reads_data and not batches:
             raise UserError(f"pruning.criterion={name} reads training batches and was given none")
         generator = torch.Generator().manual_seed(derive("criterion", self.seed))
         model = bare(model)
@@ -79,11 +98,12 @@ class PruningHarness:
 
     def select(self, scores: Scores, masks: Masks, density: float) -> Masks:
         """Masks of `density` from scores taken before; any number of densities can share one scoring."""
-        if self._settled(masks, density):
+        counts = self._counts(masks)
+        if counts.pruned(density) is counts:
             return masks
         keep = kept_count(density, masks.total)
         layers = layers_of(scores, masks, self.seed)
-        pools = self._pools(layers, keep)
+        pools = self._pools(layers, keep, counts.goals)
         if not covers(pools, layers) or sum(pool.keep for pool in pools) != keep:
             raise RuntimeError(f"allocation {self.pruning.allocation!r} does not hand out exactly {keep} live weights")
         chosen: dict[str, torch.Tensor] = {}
@@ -94,61 +114,20 @@ class PruningHarness:
             raise RuntimeError(f"{found.kept} weights are kept instead of {keep}")
         return found
 
-    def _settled(self, masks: Masks, density: float) -> bool:
-        """True when there is nothing to prune. Raises UserError when `density` cannot be reached."""
-        if not 0.0 <= density <= 1.0:
-            raise UserError(f"pruning.density={density!r} is not between 0 and 1")
-        if not masks.total:
-            raise UserError("the model has no prunable parameter left; check pruning.exclude")
-        keep = kept_count(density, masks.total)
-        if keep > masks.kept:
-            raise UserError(
-                f"density {density!r} asks for {keep} weights but only {masks.kept} of {masks.total} survive; "
-                f"the largest feasible density is {masks.density!r}"
-            )
-        targets = fixed.assign(self.pruning.layer_densities, list(masks))
-        at_target = all(masks.counts[n] == kept_count(d, masks[n].numel()) for n, d in targets.items())
-        # A density of 1 prunes nothing, so the dense level of a run stays dense in the fixed layers too.
-        return keep == masks.total or (keep == masks.kept and at_target)
+    def _counts(self, masks: Masks) -> Counts:
+        return Counts.of(masks, self.pruning.layer_densities)
 
-    def _pools(self, layers: Sequence[Layer], keep: int) -> list[Pool]:
+    def _pools(self, layers: Sequence[Layer], keep: int, goals: Mapping[str, int]) -> list[Pool]:
         """The fixed layers' own pools, then the allocation's for the others with what is left."""
-        targets = fixed.assign(self.pruning.layer_densities, [layer.name for layer in layers])
-        pools = [_fixed_pool(layer, targets[layer.name]) for layer in layers if layer.name in targets]
-        free = [layer for layer in layers if layer.name not in targets]
-        taken = sum(pool.keep for pool in pools)
-        _check_room(keep, taken, sum(layer.alive for layer in free), sum(layer.size for layer in layers))
-        return pools + list(self._allocate(free, keep - taken))
+        pools = [Pool((layer,), goals[layer.name]) for layer in layers if layer.name in goals]
+        free = [layer for layer in layers if layer.name not in goals]
+        return pools + list(self._allocate(free, keep - sum(pool.keep for pool in pools)))
 
 
 def cross_entropy(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy of `model` on a batch of (images, labels)."""
     images, labels = batch
     return functional.cross_entropy(model(images), labels)
-
-
-def _fixed_pool(layer: Layer, density: float) -> Pool:
-    keep = kept_count(density, layer.size)
-    if keep > layer.alive:
-        raise UserError(
-            f"{fixed.KEY}: {layer.name!r} is fixed at {density!r} but only {layer.alive} of its {layer.size} weights "
-            f"survive; the largest feasible density is {layer.alive / layer.size!r}"
-        )
-    return Pool((layer,), keep)
-
-
-def _check_room(keep: int, taken: int, room: int, total: int) -> None:
-    """Raise UserError unless layers with `room` live weights can hold what the fixed ones (`taken`) leave of `keep`."""
-    if taken > keep:
-        raise UserError(
-            f"{fixed.KEY}: the fixed layers alone keep {taken} weights, more than the {keep} asked for; "
-            f"the smallest feasible density is {taken / total!r}"
-        )
-    if keep - taken > room:
-        raise UserError(
-            f"{fixed.KEY}: the other layers have {room} live weights for the {keep - taken} left to them; "
-            f"the largest feasible density is {(taken + room) / total!r}"
-        )
 
 
 def _check_scores(name: str, scores: Mapping[str, torch.Tensor], masks: Masks) -> None:

@@ -20,6 +20,9 @@ from utils.system.errors import UserError
 
 T = TypeVar("T")
 
+SHOWN = 12
+"""How many known names a message lists."""
+
 ROOT = Path(__file__).resolve().parents[2]
 
 HOMES = {
@@ -100,7 +103,8 @@ def nearest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(names)}" if names else ""
+    more = ", ..." if len(names) > SHOWN else ""
+    return f"; known: {', '.join(names[:SHOWN])}{more}" if names else ""
 
 
 @functools.cache

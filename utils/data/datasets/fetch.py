@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock
-
-from utils.data.datasets.sources import one_line
+from utils.data.datasets.sources import MissingData, one_line
+from utils.data.lock import locked
 from utils.system.errors import UserError
 
 T = TypeVar("T")
@@ -22,8 +21,7 @@ T = TypeVar("T")
 def downloading(directory: Path, name: str) -> Iterator[None]:
     """Hold the folder's download lock; network and disk errors become one UserError, prints go to stderr."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(directory / ".download.lock")), contextlib.redirect_stdout(sys.stderr):
+        with locked(directory / ".download.lock"), contextlib.redirect_stdout(sys.stderr):
             yield
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -38,9 +36,9 @@ def fetched(read: Callable[[bool], T], directory: Path, name: str, download: boo
         return read(False)
     except RuntimeError as error:  # what torchvision raises for missing files and for files that fail their checksum
         if not download:
-            raise UserError(
-                f"no whole copy of {name} in {directory}; set data.download=true, or put class folders there as "
-                "train/<class>/ and test/<class>/"
+            raise MissingData(
+                f"no whole copy of {name} in {directory}; set data.download=true or data.root, or put class folders "
+                "there as train/<class>/ and test/<class>/"
             ) from error
     with downloading(directory, name):
         return read(True)
@@ -53,7 +51,9 @@ def fetch_folder(get: Callable[[Path], object], directory: Path, folder: str, na
             return
         partial = directory / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        get(partial)
-        os.replace(partial / folder, directory / folder)
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            get(partial)
+            os.replace(partial / folder, directory / folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -9,6 +9,7 @@ from utils.data.datasets import dataset
 from utils.data.datasets.fetch import fetch_folder
 from utils.data.datasets.sources import (
     FileSource,
+    MissingData,
     check_count,
     class_folders,
     class_names,
@@ -133,5 +134,5 @@ def _find(directory: Path, names: Sequence[str]) -> Path | None:
     return next((place for place in places if (place / "train").is_dir()), None)
 
 
-def _missing(directory: Path, what: str) -> UserError:
-    return UserError(f"no data set in {directory}; put there {what}")
+def _missing(directory: Path, what: str) -> MissingData:
+    return MissingData(f"no data set in {directory}; put there {what}, or set data.root")

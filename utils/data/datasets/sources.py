@@ -6,7 +6,8 @@ import functools
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,16 @@ from utils.system.errors import UserError
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Endings of image files, lower case; other files are ignored."""
 
+STAT_THREADS, STAT_CHUNK = 16, 1024
+"""File sizes are asked for by so many threads, so many at a time: network file systems answer slowly."""
+
 Labels = Sequence[int] | np.ndarray
 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class MissingData(UserError):
+    """The data set is not there at all, rather than damaged."""
 
 
 class FileSource:
@@ -51,14 +59,22 @@ class FileSource:
     @functools.cached_property
     def _digest(self) -> str:
         digest = _digest_of(self.classes, self.labels)
-        for index in range(len(self)):
-            path = self.path(index)
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise UserError(f"cannot read image {path} ({one_line(error)}); replace or remove it") from error
-            digest.update(b"%s\0%d\0" % (bytes(self._files[index]), size))
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            for part in pool.map(self._sizes, range(0, len(self), STAT_CHUNK)):
+                digest.update(part)
         return digest.hexdigest()
+
+    def _sizes(self, start: int) -> bytes:
+        """Name and size of STAT_CHUNK files from `start` on."""
+        folder, parts = os.fsencode(self.folder), []
+        for file in self._files[start : start + STAT_CHUNK].tolist():
+            path = os.path.join(folder, file)
+            try:
+                parts.append(b"%s\0%d\0" % (file, os.stat(path).st_size))
+            except OSError as error:
+                name = os.fsdecode(path)
+                raise UserError(f"cannot read image {name} ({one_line(error)}); replace or remove it") from error
+        return b"".join(parts)
 
     def digest(self) -> str:
         """Hex digest of class names, labels, file names and file sizes."""
@@ -116,7 +132,7 @@ def class_folders(
     """
     train, test = directory / "train", _held_out(directory, held_out)
     if not train.is_dir():
-        raise UserError(f"{train} is missing; put one folder of training images per class there")
+        raise MissingData(f"{train} is missing; put one folder of training images per class there, or set data.root")
     names, others = _class_names(train), _class_names(test)
     if names != others:
         odd = min(set(names) ^ set(others))
@@ -148,32 +164,44 @@ def labelled_folders(folder: Path, classes: list[str]) -> FileSource:
 
 def image_files(folder: Path) -> list[str]:
     """Paths of the image files below `folder`, relative to it and sorted; hidden files and folders are left out."""
+    return sorted(_walk(folder))
 
+
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image file below `folder`."""
+    return folder.is_dir() and any(True for _ in _walk(folder))
+
+
+def _walk(folder: Path) -> Iterator[str]:
     def fail(error: OSError) -> None:
         raise UserError(f"cannot list {folder} ({one_line(error)}); check its permissions") from error
 
-    found = []
     for place, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inner = os.path.relpath(place, folder)
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
-                found.append(name if inner == "." else os.path.join(inner, name))
-    return sorted(found)
+                yield name if inner == "." else os.path.join(inner, name)
 
 
 def class_names(directory: Path) -> list[str]:
-    """The classes of `<directory>/train`, sorted. Raises UserError when the folder is missing or has none."""
-    return _class_names(directory / "train")
+    """The classes of `<directory>/train`, sorted. Raises UserError when the folder is missing or has fewer than 2."""
+    train = directory / "train"
+    names = _class_names(train)
+    if len(names) < 2:
+        raise UserError(f"{train} holds one class, {names[0]!r}, and nothing can be learnt; put two or more there")
+    return names
 
 
 def _class_names(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_dir())
     except OSError as error:
-        raise UserError(f"cannot list {folder} ({one_line(error)}); put one folder per class there") from error
+        raise UserError(
+            f"cannot list {folder} ({one_line(error)}); put one folder per class there, or set data.root"
+        ) from error
     if not names:
-        raise UserError(f"{folder} holds no class folders; put one folder of images per class there")
+        raise UserError(f"{folder} holds no class folders; put one folder of images per class there, or set data.root")
     return names
 
 
@@ -182,4 +210,4 @@ def _held_out(directory: Path, names: Sequence[str]) -> Path:
         if (directory / name).is_dir():
             return directory / name
     choice = " or ".join(str(directory / name) for name in names)
-    raise UserError(f"{choice} is missing; put one folder of test images per class there")
+    raise UserError(f"{choice} is missing; put one folder of test images per class there, or set data.root")
