@@ -89,7 +89,7 @@ def _prepare(params: Params, world: World) -> None:
     check_ranks(params, world.size)
     models.check_name(params.model.name)
     # Before the process group starts: writing .beton files can outlast any sensible collective timeout.
-    data.prepare(params, world.local_size)
+    data.prepare(params)
 
 
 def _settle_torch(params: Params) -> None:

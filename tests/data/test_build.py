@@ -281,8 +281,8 @@ def test_one_process_of_a_node_writes_with_all_cpus_and_compares(
             "LOCAL_WORLD_SIZE": 2,
         }.items():
             monkeypatch.setenv(name, str(value))
-        prepare(config(tmp_path, "ffcv"), 2)
-    prepare(config(tmp_path, "ffcv", workers=3), 2)
+        prepare(config(tmp_path, "ffcv"))
+    prepare(config(tmp_path, "ffcv", workers=3))
     assert calls == [(8, True), (8, False), (3, False)]
 
 

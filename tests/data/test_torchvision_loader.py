@@ -250,11 +250,15 @@ def test_a_worker_that_dies_stops_the_iteration() -> None:
     train = loader(Noise(), Shard(0, 1, 1), 2)
     iterator = iter(train)
     next(iterator)
-    with pytest.raises(RuntimeError, match="worker"):  # raised by the signal of its death, wherever that arrives
+
+    def kill_and_read() -> None:
         multiprocessing.active_children()[0].kill()
         with contextlib.suppress(OSError, EOFError):  # what reading from it says, where that is quicker
             list(iterator)
         time.sleep(20)
+
+    with pytest.raises(RuntimeError, match="worker"):  # raised by the signal of its death, wherever that arrives
+        kill_and_read()
     train.close()
     assert no_children()
     assert len(list(train)) == len(train)

@@ -92,11 +92,11 @@ def default_workers(local_size: int) -> int:
     return max(1, allowed_cpus() // local_size)
 
 
-def prepare(params: Params, local_size: int = 1) -> None:
+def prepare(params: Params) -> None:
     """Download the data set and write its .beton files where they are missing.
 
     Every process of a node may call this at once, before the process group starts: one does the work under a file
-    lock, with all allowed CPUs whatever `local_size`, the others wait for it; local rank 0 holds .beton files that are
+    lock, with all allowed CPUs, the others wait for it; local rank 0 holds .beton files that are
     there against their source. Raises UserError when data is missing and cannot be had, or has changed.
     """
     data = params.data
