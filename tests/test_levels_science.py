@@ -191,6 +191,17 @@ def test_a_level_made_from_other_weights_is_made_again(tmp_path: Path) -> None:
     assert strip == [{k: v for k, v in row.items() if k not in timing} for row in before]
 
 
+def test_a_finished_level_whose_source_has_changed_is_run_again(tmp_path: Path) -> None:
+    directory = run(config(tmp_path))
+    before = rows(directory)
+    stamps = [directory.level(n).row.stat().st_mtime_ns for n in range(3)]
+    Masks.load(directory.level(1).mask).save(directory.level(1).mask, source="0" * 64)
+    run(config(tmp_path))
+    again = [directory.level(n).row.stat().st_mtime_ns for n in range(3)]
+    assert [new != old for new, old in zip(again, stamps, strict=True)] == [False, True, False]
+    assert [row["weights_digest"] for row in rows(directory)] == [row["weights_digest"] for row in before]
+
+
 def test_a_criterion_that_reads_data_gets_balanced_training_images(tmp_path: Path, monkeypatch) -> None:
     seen: list[torch.Tensor] = []
 

@@ -62,6 +62,7 @@ def test_data_that_is_not_there_leaves_steps_open(tmp_path: Path) -> None:
         ({"pruning__layer_densities": ["*=0.9"]}, r"pruning\.layer_densities"),
         ({"levels__rewind": "wr", "levels__rewind_step": "99it"}, r"levels\.rewind_step=99it"),
         ({"schedule__warmup": "90it"}, r"schedule\.warmup"),
+        ({"levels__rewind": "none", "levels__epochs": [0, 2, 2]}, r"levels\.finetune_lr: level 0 trains 0 epochs"),
         ({"model__name": "timm/vit_tiny_patch16_224", "data__eval_size": 48}, r"data\.eval_size: timm/vit_tiny"),
         ({"model__name": "cifar/vgg11_bn", "data__image_size": 16}, r"data\.image_size: cifar/vgg11_bn"),
     ],

@@ -10,6 +10,7 @@ from utils.masks import Masks
 from utils.params import Params
 from utils.params.plan import Level
 from utils.rewinding import check_rewind
+from utils.system.errors import UserError
 from utils.training.schedules import lr_at
 
 
@@ -40,3 +41,5 @@ def check_steps(params: Params, plan: list[Level], steps_per_epoch: int) -> None
         if level.epochs:
             lr_at(0, params.schedule, params.optimizer.lr, level.epochs * steps_per_epoch, steps_per_epoch)
     check_rewind(params, plan, steps_per_epoch)
+    if params.levels.finetune_lr is None and not plan[0].epochs and any(p.rewind == "none" and p.epochs for p in plan):
+        raise UserError("levels.finetune_lr: level 0 trains 0 epochs and has no last learning rate; set one")

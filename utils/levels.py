@@ -154,9 +154,9 @@ class Driver:
         extensions = self._extensions(masks)
         stage = Stage(level.number, level.epochs, self._rate(level), start, self.rewinding.marks(level, optimizer))
         rows = self._train(stage, optimizer, extensions, place)
-        self._agree(f"level {level.number} end")
+        digest = self._agree(f"level {level.number} end")
         final = rows[-1] if rows else self.trainer.evaluate_all(extensions)
-        row = self.record.level_row(level, masks, rows, final, pruned, files.digest(files.state_of(self.model)))
+        row = self.record.level_row(level, masks, rows, final, pruned, digest)
         distributed.from_main(functools.partial(self._save, place, extensions, row, begin))
         self.console.row(
             [
@@ -281,12 +281,14 @@ class Driver:
         average.masks_changed(masks)
         return [average]
 
-    def _agree(self, moment: str) -> None:
-        """All ranks hold the same masks and weights, and nothing pruned is alive."""
+    def _agree(self, moment: str) -> str:
+        """All ranks hold the same masks and weights, and nothing pruned is alive. Returns the weights' digest."""
+        digest = files.digest(files.state_of(self.model))
         distributed.agree(f"masks at {moment}", self.sparsity.masks.digest)
-        distributed.agree(f"weights at {moment}", files.digest(files.state_of(self.model)))
+        distributed.agree(f"weights at {moment}", digest)
         if violations := self.sparsity.violations():
             raise RuntimeError(f"{moment}: pruned weights of {violations[0]!r} are not 0.0")
+        return digest
 
 
 def _source_of(mask: Path) -> str | None:
