@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +33,10 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(params: Params) -> Iterator[Process]:
+def process(params: Params, prepare: Callable[[Params, World], None] | None = None) -> Iterator[Process]:
     """Run the body inside a process group that is always torn down; errors end the process, non-zero.
+
+    prepare: what is done before the group starts; by default what training needs.
 
     Wrong input is one line on stderr and exit code 2, anything else a traceback and exit code 1. A rank that fails ends
     at once: its peers wait in a collective it will never join, and torchrun stops them when it sees this one gone.
@@ -43,7 +45,7 @@ def process(params: Params) -> Iterator[Process]:
     try:
         device = distributed.choose_device(params.run.device, world)
         _settle_torch(params)
-        _prepare(params, world)
+        (prepare or _prepare)(params, world)
         distributed.start(world, device, params.distributed.backend, params.distributed.timeout)
         yield Process(world, device, Console(world.main))
         distributed.stop()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from utils import data, pruning
 from utils.data.resolve import resolve
 from utils.feasibility import build_model, check_pruning, check_steps
@@ -10,6 +12,7 @@ from utils.models.pretrained import local_file
 from utils.params import Params
 from utils.params.checks import check_ranks
 from utils.params.plan import Level, level_plan
+from utils.pruning.harness import with_start
 from utils.record import run_dir
 from utils.system.distributed import World
 
@@ -28,11 +31,10 @@ def describe(params: Params, world: World) -> str:
         check_steps(params, plan, per_epoch)
     local = params.model.pretrained if local_file(params.model.pretrained) else ""
     network = build_model(params, spec, local)
-    dense = Masks.dense(network, params.pruning.exclude)
-    check_pruning(pruning.PruningHarness(params.pruning, seed=params.run.seed), params, plan, dense)
+    start = _check(params, plan, network)
     weights = sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() for b in network.buffers())
-    prunable = dense.total
+    prunable = start.total
     lines = [
         f"run directory  {run_dir(params).path}",
         f"model          {params.model.name}: {weights:,} parameters, {prunable:,} prunable",
@@ -55,13 +57,24 @@ def describe(params: Params, world: World) -> str:
     return "\n".join(lines)
 
 
+def _check(params: Params, plan: list[Level], network: nn.Module) -> Masks:
+    """The masks the run begins with. Raises UserError for a plan of pruning that cannot work."""
+    harness = pruning.PruningHarness(params.pruning, params.graph, seed=params.run.seed)
+    section = with_start(params.pruning, params.levels.start_criterion, params.levels.start_allocation)
+    start = harness.start(network)
+    check_pruning(harness, params, plan, start, pruning.PruningHarness(section, params.graph, seed=params.run.seed))
+    return start
+
+
 def _level_table(plan: list[Level], per_epoch: int | None, prunable: int) -> list[str]:
     heading = f"{'level':>5}  {'density':>10}  {'kept':>13}  {'epochs':>6}  {'steps':>9}  starts from"
     lines = [heading]
     for level in plan:
         kept = int(level.density * prunable + 0.5)
         steps = "?" if per_epoch is None else f"{per_epoch * level.epochs:,}"
-        if level.rewind is None:
+        if level.begins != level.density:
+            source = f"initial weights at density {level.begins:g}, pruned while training"
+        elif level.rewind is None:
             source = "initial weights"
         else:
             source = f"level {level.source}, rewind {level.rewind}"

@@ -14,8 +14,11 @@ from utils.system.errors import UserError
 from utils.training.schedules import lr_at
 
 
-def build_model(params: Params, spec: DataSpec, pretrained: str) -> torch.nn.Module:
-    """The config's network for images of `spec`, tried on every size training and evaluation will show it."""
+def build_model(params: Params, spec: DataSpec, pretrained: str, seed: int | None = None) -> torch.nn.Module:
+    """The config's network for images of `spec`, tried on every size training and evaluation will show it.
+
+    seed: of its initial weights; run.seed by default.
+    """
     others = {"data.eval_size": spec.eval_size}
     if (first := spec.size_at(0.0)) is not None:
         others["data.progressive_size"] = first
@@ -25,14 +28,25 @@ def build_model(params: Params, spec: DataSpec, pretrained: str) -> torch.nn.Mod
         pretrained=pretrained,
         image_size=spec.image_size,
         other_sizes=others,
-        seed=params.run.seed,
+        seed=params.run.seed if seed is None else seed,
     )
 
 
-def check_pruning(harness: pruning.PruningHarness, params: Params, plan: list[Level], dense: Masks) -> None:
-    """Raise UserError for densities of the plan that no pruning can reach."""
-    densities = [level.density for level in plan if level.density < 1.0]
-    harness.check(dense, densities, iterative=params.pruning.moment == "levels")
+def check_pruning(
+    harness: pruning.PruningHarness, params: Params, plan: list[Level], start: Masks, starter: pruning.PruningHarness
+) -> None:
+    """Raise UserError for densities of the plan that no pruning can reach.
+
+    start: the masks the run begins with; starter: prunes level 0 where `levels.start` asks for it.
+    """
+    if params.graph.degree is not None:
+        return
+    densities = [level.density for level in plan if level.density < start.density]
+    if params.levels.start is not None:
+        starter.check(start, densities[:1], iterative=False)
+    if params.dynamic.method == "gmp" and plan[0].begins < start.density:
+        harness.check(start, [plan[0].begins], iterative=False)
+    harness.check(start, densities, iterative=params.pruning.moment == "levels")
 
 
 def check_steps(params: Params, plan: list[Level], steps_per_epoch: int) -> None:
@@ -41,5 +55,23 @@ def check_steps(params: Params, plan: list[Level], steps_per_epoch: int) -> None
         if level.epochs:
             lr_at(0, params.schedule, params.optimizer.lr, level.epochs * steps_per_epoch, steps_per_epoch)
     check_rewind(params, plan, steps_per_epoch)
+    _check_within(params, plan, steps_per_epoch)
     if params.levels.finetune_lr is None and not plan[0].epochs and any(p.rewind == "none" and p.epochs for p in plan):
         raise UserError("levels.finetune_lr: level 0 trains 0 epochs and has no last learning rate; set one")
+
+
+def _check_within(params: Params, plan: list[Level], steps_per_epoch: int) -> None:
+    """Pruning during training must have a step to happen at."""
+    total = min(level.epochs for level in plan) * steps_per_epoch
+    step = params.pruning.step
+    if params.pruning.moment == "step" and step is not None and step.at(steps_per_epoch) >= total:
+        raise UserError(f"pruning.step={step}: training has only {total} steps; choose an earlier step")
+    latest = params.early.latest
+    if params.pruning.moment == "early" and latest is not None and latest.at(steps_per_epoch) > total:
+        raise UserError(f"early.latest={latest}: training has only {total} steps; choose an earlier step")
+    dynamic = params.dynamic
+    if dynamic.method is not None and dynamic.start.at(steps_per_epoch) + dynamic.every >= int(dynamic.until * total):
+        raise UserError(
+            f"dynamic.every={dynamic.every}: leaves no update from dynamic.start={dynamic.start} to "
+            f"dynamic.until={dynamic.until:g} of {total} steps; lower it or train longer"
+        )

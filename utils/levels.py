@@ -10,20 +10,21 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from utils import data, files, pruning, reporting, sparsity
+from utils import data, files, reporting
 from utils.data.order import Shard
-from utils.data.protocol import Batch
+from utils.data.spec import DataSpec
 from utils.feasibility import build_model, check_pruning, check_steps
+from utils.level_extensions import LevelExtensions, assemble
+from utils.level_masks import LevelMasks, changes_masks, source_of
 from utils.masks import Masks
 from utils.params import Params
 from utils.params.checks import check_ranks
 from utils.params.plan import Level, level_plan
-from utils.pruning.report import write_layers_csv
-from utils.record import EpochsCsv, Record, run_dir
+from utils.pruning.controls import fresh_seed
+from utils.record import EpochsCsv, Outcome, Record, run_dir
 from utils.rewinding import Rewinding
 from utils.system import distributed
 from utils.system.atomic import write_json
@@ -32,7 +33,6 @@ from utils.system.distributed import World
 from utils.system.errors import UserError
 from utils.system.rundir import LevelDir, RunDir
 from utils.tasks.classification import ImageClassification
-from utils.training.averaging import ExponentialAverage
 from utils.training.extension import Extension
 from utils.training.optimizers import build_optimizer
 from utils.training.parallel import synchronise_batchnorm, to_channels_last
@@ -62,6 +62,7 @@ class Driver:
             self.initial = _copy(files.state_of(self.model))
             self.initial_digest = files.digest(self.initial)
             distributed.agree("initial weights", self.initial_digest)
+            self.first = self._first_weights(spec)
             self.task = ImageClassification(
                 spec.classes, training.label_smoothing, params.data.mixup, params.data.cutmix, training.test_flip
             )
@@ -76,12 +77,11 @@ class Driver:
                 device=device,
                 console=console,
             )
-            dense = Masks.dense(self.model, params.pruning.exclude)
-            self.sparsity = sparsity.attach(self.model, None, dense)
+            self.masks = LevelMasks(params, self.model, self.task, self.loaders, run_dir(params), world, console)
+            self.sparsity = self.masks.sparsity
             self.rewinding = Rewinding(params, self.trainer, run_dir(params))
             check_steps(params, self.plan, self.trainer.steps_per_epoch)
-            self.harness = pruning.PruningHarness(params.pruning, seed=params.run.seed, loss=self.task.scoring_loss)
-            check_pruning(self.harness, params, self.plan, dense)
+            check_pruning(self.masks.harness, params, self.plan, self.masks.start, self.masks.starter)
             self.record = Record(params, self.loaders, self.trainer.dtype, world, device)
         except BaseException:
             self.loaders.close()
@@ -116,7 +116,7 @@ class Driver:
             source = self.initial_digest
         else:
             source = reporting.read_row(self.dir.level(level.source).row)["weights_digest"]
-        if place.mask.exists() and _source_of(place.mask) == source:
+        if place.mask.exists() and source_of(place.mask) == source:
             return True
         self.console.line(f"level {level.number}: was made from other weights, running it again")
         place.row.unlink()
@@ -140,23 +140,27 @@ class Driver:
         begin = time.perf_counter()
         place = self.dir.level(level.number)
         source = self._source_weights(level)
-        masks = self._prune(level, place, source)
+        masks = self.masks.begin(level, place, source)
         self.console.line(
             f"level {level.number}: density {masks.density:.4f} ({masks.kept:,} of {masks.total:,} weights kept)"
         )
         self.console.restart_table()
         pruned = self._pruned_accuracy(level, source, masks)
         optimizer = build_optimizer(self.model, self.params.optimizer, self.device)
-        start = self.rewinding.restore(level, self.initial, source, optimizer)
+        start = self.rewinding.restore(level, self.first, source, optimizer)
         self.sparsity.watch(optimizer)
         self.sparsity.set(masks)
         self._agree(f"level {level.number} start")
-        extensions = self._extensions(masks)
         stage = Stage(level.number, level.epochs, self._rate(level), start, self.rewinding.marks(level, optimizer))
-        rows = self._train(stage, optimizer, extensions, place)
+        extensions = assemble(self.params, level, stage, self.trainer, self.masks, masks)
+        rows = self._train(stage, optimizer, extensions.all, place)
         digest = self._agree(f"level {level.number} end")
-        final = rows[-1] if rows else self.trainer.evaluate_all(extensions)
-        row = self.record.level_row(level, masks, rows, final, pruned, digest)
+        final = rows[-1] if rows else self.trainer.evaluate_all(extensions.all)
+        masks = self.sparsity.masks
+        effective = self.masks.effective(masks).density
+        at_step = extensions.pruned_at_step
+        outcome = Outcome(masks, rows, final, pruned, digest, effective, self.masks.rounds, at_step)
+        row = self.record.level_row(level, outcome)
         distributed.from_main(functools.partial(self._save, place, extensions, row, begin))
         self.console.row(
             [
@@ -178,40 +182,6 @@ class Driver:
         if not distributed.exists(path):
             raise UserError(f"{path}: missing, level {level.number} prunes it; run level {level.source} again")
         return files.load_weights(path)
-
-    def _prune(self, level: Level, place: LevelDir, source: dict[str, torch.Tensor]) -> Masks:
-        """The level's masks: read when they were made from `source`, else computed by every rank, written by rank 0."""
-        dense = Masks.dense(self.model, self.params.pruning.exclude)
-        # Scores see every gradient: the masks of the level before are still attached.
-        self.sparsity.watch(None)
-        self.sparsity.set(dense)
-        files.put_weights(self.model, source)
-        live = dense if level.source is None else Masks.load(self.dir.level(level.source).mask, self.model)
-        digest = files.digest(source)
-        if distributed.from_main(lambda: place.mask.exists() and _source_of(place.mask) == digest):
-            masks = Masks.load(place.mask, self.model)
-        else:
-            masks = live
-            if level.density < 1.0:
-                masks = self.harness.prune(self.model, live, level.density, self._scoring_batches()).masks
-            distributed.from_main(functools.partial(self._save_masks, place, masks, digest))
-        if not masks <= live:
-            raise UserError(f"{place.mask}: keeps weights that level {level.source} pruned; delete it and run again")
-        distributed.agree(f"masks of level {level.number}", masks.digest)
-        return masks
-
-    def _scoring_batches(self) -> list[Batch]:
-        """Unaugmented training images for a criterion that reads data: the same on every rank."""
-        if not self.harness.reads_data:
-            return []
-        training = self.params.training
-        batch_size = max(1, training.batch_size // (self.world.size * training.accumulation))
-        return self.loaders.scoring(self.params.pruning.samples_per_class, batch_size)
-
-    def _save_masks(self, place: LevelDir, masks: Masks, source: str) -> None:
-        # layers.csv first: the mask file's presence says that the stage is done.
-        write_layers_csv(place.layers, self.model, masks)
-        masks.save(place.mask, source=source)
 
     def _pruned_accuracy(self, level: Level, source: dict[str, torch.Tensor], masks: Masks) -> float | None:
         """Test accuracy right after pruning, before rewinding and training; None where nothing trained was pruned."""
@@ -244,12 +214,15 @@ class Driver:
 
             return self.trainer.fit(stage, optimizer, self.sparsity, extensions, on_epoch)
 
-    def _save(self, place: LevelDir, extensions: list[Extension], row: Row, begin: float) -> None:
+    def _save(self, place: LevelDir, extensions: LevelExtensions, row: Row, begin: float) -> None:
         files.save_weights(place.weights, self.model, mask_digest=row["mask_digest"])
-        for extension in extensions:
-            if isinstance(extension, ExponentialAverage):
-                with extension.swapped():
-                    files.save_weights(place.average, self.model, mask_digest=row["mask_digest"])
+        if extensions.average is not None:
+            with extensions.average.swapped():
+                files.save_weights(place.average, self.model, mask_digest=row["mask_digest"])
+        if changes_masks(self.params):
+            masks = self.sparsity.masks
+            self.masks.write_layers(place, masks)
+            masks.save(place.mask, source=source_of(place.start_mask) or "")
         row["seconds"] = time.perf_counter() - begin
         write_json(place.row, row)
         reporting.rebuild(self.dir)
@@ -272,14 +245,13 @@ class Driver:
             final = lr_at(max(first - 1, 0), params.schedule, params.optimizer.lr, first, per_epoch)
         return lambda step: final
 
-    def _extensions(self, masks: Masks) -> list[Extension]:
-        """What acts during training besides the trainer."""
-        decay = self.params.training.ema
-        if decay is None:
-            return []
-        average = ExponentialAverage(self.model, decay)
-        average.masks_changed(masks)
-        return [average]
+    def _first_weights(self, spec: DataSpec) -> dict[str, torch.Tensor]:
+        """What levels that start from initial weights train: these, or fresh ones with the same masks (a control)."""
+        if self.params.pruning.control != "reinitialise":
+            return self.initial
+        seed = fresh_seed(self.params.run.seed)
+        fresh = build_model(self.params, spec, self.params.model.pretrained, seed)
+        return _copy(files.state_of(fresh))
 
     def _agree(self, moment: str) -> str:
         """All ranks hold the same masks and weights, and nothing pruned is alive. Returns the weights' digest."""
@@ -289,10 +261,6 @@ class Driver:
         if violations := self.sparsity.violations():
             raise RuntimeError(f"{moment}: pruned weights of {violations[0]!r} are not 0.0")
         return digest
-
-
-def _source_of(mask: Path) -> str | None:
-    return files.load_metadata(mask).get("source")
 
 
 def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

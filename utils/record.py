@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from utils.models.pretrained import local_file
 from utils.params import Params
 from utils.params.identity import run_id
 from utils.params.parsing import dump
-from utils.params.plan import Level
+from utils.params.plan import Level, start_density
 from utils.system import environment
 from utils.system.atomic import sha256, write_json, write_text
 from utils.system.cpus import allowed_cpus
@@ -33,8 +34,25 @@ Row = dict[str, Any]
 
 EPOCH_COLUMNS = (
     "level", "epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc",
-    "test_acc_top5", "images_per_second", "data_wait", "seconds",
+    "test_acc_top5", "density", "distance", "mask_updates", "regrown", "images_per_second", "data_wait", "seconds",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the record keeps of a finished level, besides its rows.
+
+    final: its last evaluation; pruned: test accuracy after pruning, before training; effective: effective density
+    """
+
+    masks: Masks
+    rows: list[Row]
+    final: Row
+    pruned: float | None
+    weights_digest: str
+    effective: float
+    rounds: int | None
+    pruned_at_step: int | None
 
 
 def run_dir(params: Params) -> RunDir:
@@ -56,6 +74,7 @@ class Record:
             "loader": loaders.loader,
             "precision": str(dtype).removeprefix("torch."),
             "pretrained": from_main(lambda: sha256(pretrained)) if pretrained is not None else None,
+            **_mask_files(params),
             **{f"data {split}": digest for split, digest in loaders.digests.items()},
         }
 
@@ -103,20 +122,16 @@ class Record:
                     "restore it, or use another run.name"
                 )
 
-    def level_row(
-        self, level: Level, masks: Masks, rows: list[Row], final: Row, pruned: float | None, weights_digest: str
-    ) -> Row:
-        """The level's row of levels.csv, without its `seconds`.
-
-        rows: of its epochs; final: its last evaluation; pruned: test accuracy after pruning, before training.
-        """
-        params, last = self.params, rows[-1] if rows else {}
-        scored = level.density < 1.0
+    def level_row(self, level: Level, outcome: Outcome) -> Row:
+        """The level's row of levels.csv, without its `seconds`."""
+        params, rows, masks = self.params, outcome.rows, outcome.masks
+        last: Row = rows[-1] if rows else {}
+        throughput = [row["images_per_second"] for row in rows]
         return {
             "run": self.dir.path.name,
             "seed": params.run.seed,
             "level": level.number,
-            "target_density": level.density,
+            "target_density": masks.density if params.graph.degree is not None else level.density,
             "density": masks.density,
             "sparsity": 1.0 - masks.density,
             "kept_weights": masks.kept,
@@ -124,17 +139,20 @@ class Record:
             "epochs": len(rows),
             "train_loss": last.get("train_loss"),
             "train_acc": last.get("train_acc"),
-            **_accuracies(rows, final),
-            "pruned_test_acc": pruned,
-            "images_per_second": statistics.median(row["images_per_second"] for row in rows) if rows else None,
+            **_accuracies(rows, outcome.final),
+            "pruned_test_acc": outcome.pruned,
+            "images_per_second": statistics.median(throughput) if rows else None,
             "mask_digest": masks.digest,
-            "weights_digest": weights_digest,
+            "weights_digest": outcome.weights_digest,
             "dead_layers": sum(count == 0 for count in masks.counts.values()),
+            "effective_density": outcome.effective,
             "model": params.model.name,
             "dataset": params.data.name,
-            "criterion": params.pruning.criterion if scored else None,
-            "allocation": params.pruning.allocation if scored else None,
+            **_method(params, level, masks),
+            "rounds": outcome.rounds,
             "moment": params.pruning.moment,
+            "pruned_at_step": outcome.pruned_at_step,
+            "dynamic": params.dynamic.method,
             "rewind": level.rewind,
             "precision": self.inputs["precision"],
             "loader": self.inputs["loader"],
@@ -207,6 +225,36 @@ def _accuracies(rows: list[Row], final: Row) -> Row:
         "test_acc_top5": final["test_acc_top5"],
         "best_val_test_acc": best and best["test_acc"],
     }
+
+
+def _method(params: Params, level: Level, masks: Masks) -> Row:
+    """What chose the level's masks; all empty where nothing was pruned."""
+    section, graph = params.pruning, params.graph
+    if masks.kept == masks.total:
+        return {"criterion": None, "allocation": None, "pattern": None, "control": None}
+    control = None if section.control == "none" else section.control
+    if graph.kind is not None:
+        by_degree = graph.degree is not None
+        allocation = None if by_degree else section.allocation
+        return {"criterion": None, "allocation": allocation, "pattern": f"graph {graph.kind}", "control": control}
+    criterion, allocation = section.criterion, section.allocation
+    if level.number == 0 and params.levels.start is not None:
+        criterion, allocation = params.levels.start_criterion or criterion, params.levels.start_allocation or allocation
+    elif section.mask_file is not None and level.density == start_density(params):
+        criterion = allocation = f"file {Path(section.mask_file).name}"
+    return {"criterion": criterion, "allocation": allocation, "pattern": section.pattern, "control": control}
+
+
+def _mask_files(params: Params) -> dict[str, str]:
+    """Digests of the mask files the run reads, so that a rerun with another one is refused."""
+    named = {"mask file": params.pruning.mask_file, "from_mask": params.pruning.from_mask}
+    return {what: from_main(functools.partial(_digest, path)) for what, path in named.items() if path is not None}
+
+
+def _digest(path: str) -> str:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    return sha256(Path(path))
 
 
 def _short(value: str | None) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from utils import files
 from utils.params import Params
-from utils.params.plan import Level
+from utils.params.plan import SINGLE, Level
 from utils.system import distributed
 from utils.system.errors import UserError
 from utils.system.rundir import RunDir
@@ -82,7 +82,7 @@ class Rewinding:
 
 def rewinds_to_step(params: Params) -> bool:
     """Whether some level returns to a step of level 0."""
-    return params.levels.rewind == "wr" and params.pruning.moment != "init"
+    return params.levels.rewind == "wr" and params.pruning.moment not in SINGLE
 
 
 def check_rewind(params: Params, plan: list[Level], steps_per_epoch: int) -> None:

@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,14 +190,24 @@ def test_training_images_are_counted_from_the_beton_file_where_it_fits(tmp_path:
     assert count_training(wanted) == 36
 
 
+def scored(loaders: Loaders, per_class: int, batch_size: int, rank: int = 0, ranks: int = 1) -> list[Any]:
+    """All micro-batches of one pass, after a look at a second one."""
+    batches = loaders.scoring(per_class=per_class, batches=None, batch_size=batch_size, rank=rank, ranks=ranks)
+    first, again = list(batches), list(batches)
+    batches.close()
+    assert len(batches) == len(first)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
+    return first
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_scoring_batches_are_balanced_training_images_the_same_on_every_rank(root: Path, kind: str) -> None:
+def test_scoring_batches_are_balanced_training_images_dealt_to_the_ranks(root: Path, kind: str) -> None:
     pixels, labels = digits("train")
     train, _ = split(labels, 0.1, 2)
     chosen = subset(train, labels, 400, 2)
     first, second = (built(root, kind, Shard(rank, 2, 100), split_seed=2, subset=400) for rank in range(2))
-    batches = first.scoring(7, 16)
-    assert [len(found) for _, found in batches] == [16, 16, 16, 16, 6]
+    batches = scored(first, 7, 16)
+    assert [len(found) for _, found in batches] == [14, 14, 14, 14, 14]
     images, found = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert torch.bincount(found).tolist() == [7] * 10
     allowed = {
@@ -207,14 +216,43 @@ def test_scoring_batches_are_balanced_training_images_the_same_on_every_rank(roo
     }
     assert all((image.numpy().tobytes(), int(label)) in allowed for image, label in zip(images, found, strict=True))
     assert len({image.numpy().tobytes() for image in images}) > 65
-    for again in (first.scoring(7, 16), second.scoring(7, 16)):
-        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(batches, again, strict=True))
+    halves = scored(first, 7, 16, 0, 2), scored(second, 7, 16, 1, 2)
+    assert [len(half) for half in halves] == [3, 2]
+    for number, batch in enumerate(batches):
+        dealt = halves[number % 2][number // 2]
+        assert torch.equal(dealt[0], batch[0])
+        assert torch.equal(dealt[1], batch[1])
     other = built(root, kind, Shard(0, 2, 100), split_seed=2, subset=400, order_seed=1)
-    assert not torch.equal(other.scoring(7, 70)[0][0], images)
-    assert sum(len(found) for _, found in first.scoring(1000, 300)) == 400
+    assert not torch.equal(scored(other, 7, 70)[0][0], images)
+    assert [len(found) for _, found in scored(first, 1000, 300)] == [200, 200]
     assert not multiprocessing.active_children()
     for loaders in (first, second, other):
         loaders.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_of_unequal_sizes_are_the_same_in_every_kind(root: Path, kind: str) -> None:
+    loaders = built(root, kind)
+    plain_list = built(root, "device")
+    ours, theirs = (
+        loaders.scoring(per_class=None, batches=3, batch_size=33, rank=0, ranks=1) for loaders in (loaders, plain_list)
+    )
+    assert (ours.count, ours.samples, len(ours)) == (3, 99, 3)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine[0], other[0])
+        assert torch.equal(mine[1], other[1])
+    turned = build(config(root, kind), Shard(0, 1, 100), CPU, channels_last=True, workers=1)
+    for per_class, batch_size in [(5, 16), (6, 20)]:
+        for images, _ in scored(turned, per_class, batch_size):
+            assert images.is_contiguous(memory_format=torch.channels_last)
+    uneven = [len(found) for _, found in scored(loaders, 5, 16)]
+    assert uneven == [13, 13, 12, 12]
+    with pytest.raises(
+        UserError, match=r"pruning.batches=13 of pruning.batch_size=100 is 1300 images and there are 1294"
+    ):
+        loaders.scoring(per_class=None, batches=13, batch_size=100, rank=0, ranks=1)
+    for one in (ours, theirs, loaders, plain_list, turned):
+        one.close()
 
 
 def test_the_default_evaluation_batch_is_twice_the_training_batch_of_a_rank(root: Path) -> None:
@@ -336,27 +374,3 @@ def test_take_gives_the_first_batches_and_ends_the_iteration(root: Path, kind: s
         take(loaders.train, 3)
     loaders.close()
     assert not multiprocessing.active_children()
-
-
-class Counting:
-    """A loader that overwrites its one buffer, keeps its iterator, and notes whether that was ended."""
-
-    ended = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self.iterator = self.batches()
-        return self.iterator
-
-    def batches(self) -> Iterator[Any]:
-        buffer = torch.zeros(2)
-        try:
-            for number in range(5):
-                yield buffer.fill_(number), buffer.long()
-        finally:
-            self.ended += 1
-
-
-def test_take_copies_and_closes() -> None:
-    loader: Any = Counting()
-    assert [images.tolist() for images, _ in take(loader, 3)] == [[0, 0], [1, 1], [2, 2]]
-    assert loader.ended == 1

@@ -23,6 +23,10 @@ COUNTS = {
     "cifar/vgg13_bn": 9_416_010,
     "cifar/vgg16_bn": 14_728_266,
     "cifar/vgg19_bn": 20_040_522,
+    "cifar/vgg11_bn_head512": 9_493_770,
+    "cifar/vgg13_bn_head512": 9_678_666,
+    "cifar/vgg16_bn_head512": 14_990_922,
+    "cifar/vgg19_bn_head512": 20_303_178,
 }
 
 
@@ -83,6 +87,24 @@ def test_vgg_convolutions_are_torchvisions(depth: int) -> None:
     assert {key: value.shape for key, value in features.items()} == {key: value.shape for key, value in stock.items()}
     assert {key for key in ours if not key.startswith("features.")} == {"classifier.weight", "classifier.bias"}
     assert ours["classifier.weight"].shape == (10, 512)
+
+
+def test_the_wide_head_is_two_linear_layers_with_dropout_between() -> None:
+    plain, wide = models.build("cifar/vgg16_bn", 10), models.build("cifar/vgg16_bn_head512", 10)
+    same = {key for key in plain.state_dict() if key.startswith("features.")}
+    shapes = {key: tuple(value.shape) for key, value in wide.state_dict().items() if key not in same}
+    assert shapes == {
+        "classifier.0.weight": (512, 512), "classifier.0.bias": (512,),
+        "classifier.3.weight": (10, 512), "classifier.3.bias": (10,),
+    }  # fmt: skip
+    head = wide.get_submodule("classifier")
+    assert [type(module) for module in head.children()] == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
+    assert wide.get_submodule("classifier.2").p == 0.5
+    weight = wide.get_parameter("classifier.0.weight").detach()
+    assert float(weight.std()) == pytest.approx(0.01, rel=0.02)  # 5 standard errors
+    assert sum(isinstance(module, nn.Conv2d) for module in wide.modules()) == 13
+    assert sum(isinstance(module, nn.MaxPool2d) for module in wide.modules()) == 5
+    assert wide.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("name", ["cifar/resnet20", "cifar/resnet18", "cifar/vgg11_bn"])

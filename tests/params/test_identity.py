@@ -19,7 +19,7 @@ from utils.params.identity import VERSION, run_id
 from utils.params.load import build
 from utils.params.parsing import dump
 
-GOLDEN_VERSION = 1
+GOLDEN_VERSION = 2
 
 DEFAULTS = """
 run: {root: runs, name: sieve, seed: 0, plan: false, device: auto, deterministic: false, threads: auto}
@@ -40,10 +40,17 @@ schedule:
   {name: cosine, warmup: 0it, warmup_start: 0.0, milestones: [], gamma: 0.1, start: 0.2, peak: 0.2, cooldown: 0.2,
    final: 0.0}
 pruning:
-  {criterion: magnitude, allocation: global, density: none, moment: levels, exclude: [], layer_densities: [],
-   samples_per_class: 10}
+  {criterion: magnitude, criterion_options: [], normalize: none, allocation: global, from_mask: none, density: none,
+   pattern: weight, group_score: mean, rounds: auto, round_schedule: auto, regrow: false, moment: levels, step: none,
+   exclude: [], layer_densities: [], first_layer: prune, last_layer: prune, min_kept: 0, mask_file: none,
+   samples_per_class: auto, batches: none, batch_size: 128, control: none, allow_disconnected: false}
+graph: {kind: none, degree: none, side: in, form: simple, tries: 100}
+early: {trigger: weight_distance, threshold: auto, window: 5, latest: auto, length: published}
+dynamic:
+  {method: none, every: 100, start: 0it, until: 0.75, fraction: 0.3, decay: cosine, initial_density: 1.0}
 levels:
-  {spacing: geometric, rate: 0.2, target: none, count: none, densities: [], rewind: lrr, rewind_step: none,
+  {spacing: geometric, rate: 0.2, target: none, count: none, densities: [], start: none, start_criterion: none,
+   start_allocation: none, rewind: lrr, rewind_step: none,
    rewind_optimizer: false, rewind_schedule: continue, epochs: [], finetune_lr: auto, only: none}
 distributed: {backend: auto, timeout: 600.0, find_unused_parameters: false, sync_batchnorm: false}
 """
@@ -54,19 +61,19 @@ UNHASHED = {
 }  # fmt: skip
 
 GOLDEN: list[tuple[dict[str, Any], str]] = [
-    ({"levels.count": 1}, "sieve-e34ef00891"),
-    ({"levels.count": 25, "run.name": "lrr"}, "lrr-c5eba50147"),
-    ({"levels.target": 0.1, "run.seed": 1}, "sieve-9191207df5"),
-    ({"levels.count": 5, "optimizer.lr": 0.2}, "sieve-c643fef874"),
-    ({"levels.densities": [0.5, 0.2]}, "sieve-95c2d84e45"),
-    ({"levels.count": 5, "levels.spacing": "linear", "levels.target": 0.1}, "sieve-3da3e848b9"),
+    ({"levels.count": 1}, "sieve-ff24e4d6f8"),
+    ({"levels.count": 25, "run.name": "lrr"}, "lrr-319479f8e6"),
+    ({"levels.target": 0.1, "run.seed": 1}, "sieve-e62ebc0539"),
+    ({"levels.count": 5, "optimizer.lr": 0.2}, "sieve-3f85b9da8b"),
+    ({"levels.densities": [0.5, 0.2]}, "sieve-1edcb0ed20"),
+    ({"levels.count": 5, "levels.spacing": "linear", "levels.target": 0.1}, "sieve-a25bc1d5bd"),
     (
         {"pruning.moment": "init", "pruning.density": 0.05, "pruning.criterion": "random", "pruning.allocation": "erk"},
-        "sieve-efdf29368c",
+        "sieve-d522191daf",
     ),
-    ({"levels.count": 5, "levels.rewind": "wr", "levels.rewind_step": "2ep50it"}, "sieve-896e17930d"),
-    ({"levels.count": 5, "schedule.name": "step", "schedule.milestones": ["3ep", "500it"]}, "sieve-e0da718e30"),
-    ({"levels.count": 5, "pruning.exclude": ["conv1.*", "fc.*"], "training.clip": 1}, "sieve-01152cfe96"),
+    ({"levels.count": 5, "levels.rewind": "wr", "levels.rewind_step": "2ep50it"}, "sieve-7a928c42c2"),
+    ({"levels.count": 5, "schedule.name": "step", "schedule.milestones": ["3ep", "500it"]}, "sieve-60d56bd41f"),
+    ({"levels.count": 5, "pruning.exclude": ["conv1.*", "fc.*"], "training.clip": 1}, "sieve-45d410d688"),
     (
         {
             "levels.count": 5,
@@ -75,7 +82,7 @@ GOLDEN: list[tuple[dict[str, Any], str]] = [
             "data.subset": 1000,
             "model.name": "timm/deit_tiny_patch16_224",
         },
-        "sieve-4d694a15ab",
+        "sieve-cbf9d0ce1e",
     ),
 ]
 
@@ -101,14 +108,14 @@ def test_golden_names(values: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"levels.count": 7}, '{"fields":{},"version":1}'),
+        ({"levels.count": 7}, '{"fields":{},"version":2}'),
         (
             {"levels.densities": ["1", "0.25"], "optimizer.lr": "2e-1", "levels.rewind": "imp"},
-            '{"fields":{"levels.densities":[1.0,0.25],"levels.rewind":"imp","optimizer.lr":0.2},"version":1}',
+            '{"fields":{"levels.densities":[1.0,0.25],"levels.rewind":"imp","optimizer.lr":0.2},"version":2}',
         ),
         (
             {"levels.count": 3, "schedule.warmup": "1ep2it", "data.flip": "no", "training.ema": 0.5},
-            '{"fields":{"data.flip":false,"schedule.warmup":"1ep2it","training.ema":0.5},"version":1}',
+            '{"fields":{"data.flip":false,"schedule.warmup":"1ep2it","training.ema":0.5},"version":2}',
         ),
     ],
 )
@@ -161,7 +168,8 @@ def another(key: Key) -> Any:
     if key.meta.choices:
         value: Any = next(choice for choice in key.meta.choices if choice != key.default)
     elif key.meta.kind:
-        value = {**kinds, "schedule": "constant"}[key.meta.kind]
+        more = {"schedule": "constant", "graph": "rreg", "trigger": "early_bird", "dynamic": "rigl"}
+        value = {**kinds, **more}[key.meta.kind]
     elif key.type is bool:
         value = not key.default
     else:

@@ -15,7 +15,7 @@ from utils.params.parsing import allowed, dump, dump_value, parse, show
 from utils.system.errors import ParamError
 
 WORDS = {"criterion": "magnitude", "allocation": "erk", "model": "cifar/resnet20", "dataset": "cifar10"}
-WORDS |= {"optimizer": "adamw", "schedule": "cosine"}
+WORDS |= {"optimizer": "adamw", "schedule": "cosine", "graph": "rreg", "trigger": "early_bird", "dynamic": "rigl"}
 
 
 def refused(dotted: str, value: object) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal, localcontext
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -186,3 +188,97 @@ def test_global_is_one_pool() -> None:
     (pool,) = allocation["global"](layers, 7)
     assert (list(pool.layers), pool.keep) == (layers, 7)
     assert allocation["global"]([], 0) == []
+
+
+def clamped_equal_share(sizes: Sequence[int], weights: Sequence[int], keep: int) -> list[int]:
+    """ERK as published, in exact fractions: dense layers one at a time, then one factor for all others."""
+    dense: set[int] = set()
+    while True:
+        rest = [i for i in range(len(sizes)) if i not in dense]
+        left = Fraction(keep - sum(sizes[i] for i in dense))
+        epsilon = left / sum(Fraction(weights[i], sizes[i]) * sizes[i] for i in rest)
+        densities = {i: epsilon * Fraction(weights[i], sizes[i]) for i in rest}
+        fullest = max(rest, key=lambda i: densities[i])
+        if densities[fullest] <= 1:
+            break
+        dense.add(fullest)
+    quotas = [Fraction(size) if i in dense else densities[i] * size for i, size in enumerate(sizes)]
+    found = [math.floor(quota) for quota in quotas]
+    for i in sorted(range(len(sizes)), key=lambda i: (found[i] - quotas[i], i))[: keep - sum(found)]:
+        found[i] += 1
+    return found
+
+
+@pytest.mark.parametrize("density", [0.8, 0.5, 0.2, 0.1])
+@pytest.mark.parametrize("net", NETS)
+def test_erk_is_the_published_rule_in_fractions(net: str, density: float) -> None:
+    shapes = NETS[net]
+    sizes = [math.prod(shape) for shape in shapes]
+    keep = math.floor(density * sum(sizes) + 0.5)
+    found = counts("erk", [layer(i, shape) for i, shape in enumerate(shapes)], keep)
+    assert found == clamped_equal_share(sizes, [sum(shape) for shape in shapes], keep)
+
+
+def clamped(shares: Sequence[int], caps: Sequence[int], floors: Sequence[int], keep: int) -> list[int]:
+    """Bisection on c in 80 digits until sum(clamp(c * share, floor, cap)) is `keep`, then largest remainder."""
+    with localcontext() as context:
+        context.prec = 80
+        low, high = Decimal(0), Decimal(max(caps) + 1)
+        for _ in range(250):
+            middle = (low + high) / 2
+            held = sum(
+                max(Decimal(floor), min(Decimal(cap), middle * share))
+                for share, cap, floor in zip(shares, caps, floors, strict=True)
+            )
+            low, high = (middle, high) if held <= keep else (low, middle)
+        quotas = [
+            max(Decimal(floor), min(Decimal(cap), low * share)).quantize(Decimal(10) ** -40)
+            for share, cap, floor in zip(shares, caps, floors, strict=True)
+        ]
+        whole = [int(quota) for quota in quotas]
+        remainders = [(-(quota - count), i) for i, (quota, count) in enumerate(zip(quotas, whole, strict=True))]
+        for _, i in sorted(remainders)[: keep - sum(whole)]:
+            whole[i] += 1
+    return whole
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 60), st.integers(0, 12)), min_size=1, max_size=8),
+    st.floats(0, 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_floors_and_caps_clamp_one_common_factor(cases: list[tuple[int, int, int]], share: float) -> None:
+    shares, caps = [case[0] for case in cases], [case[1] for case in cases]
+    floors = [min(least, cap) for _, cap, least in cases]
+    keep = sum(floors) + math.floor(share * (sum(caps) - sum(floors)) + 0.5)
+    found = fill(keep, shares, caps, floors)
+    assert sum(found) == keep
+    assert all(low <= count <= cap for low, count, cap in zip(floors, found, caps, strict=True))
+    assert found == clamped(shares, caps, floors, keep)
+
+
+def test_floors_are_paid_by_all_others() -> None:
+    assert fill(100, [1, 50, 50], [500, 500, 500], [20, 0, 0]) == [20, 40, 40]
+    assert fill(100, [1, 50, 50], [500, 10, 500], [20, 0, 0]) == [20, 10, 70]
+    with pytest.raises(ValueError, match="9 weights are fewer than the 10 of the floors"):
+        fill(9, [1, 1], [50, 50], [5, 5])
+
+
+@pytest.mark.parametrize("kind", ["erk", "er", "uniform", "balanced"])
+def test_layer_floors_hold_in_every_layerwise_allocation(kind: str) -> None:
+    layers = [replace(layer(i, shape), floor=min(300, math.prod(shape))) for i, shape in enumerate(NETS["resnet50"])]
+    keep = kept_count(0.001, sum(one.size for one in layers))
+    found = counts(kind, layers, keep)
+    assert sum(found) == keep
+    assert min(found) >= 300
+
+
+def test_from_mask_copies_ratios() -> None:
+    layers = [replace(layer(i, (100, 10)), ratio=ratio) for i, ratio in enumerate([100, 300, 600, 0])]
+    assert counts("from_mask", layers, 1000) == [100, 300, 600, 0]
+    assert counts("from_mask", layers, 500) == [50, 150, 300, 0]
+    assert counts("from_mask", layers, 2200) == [300, 900, 1000, 0]
+    assert counts("from_mask", layers, 3007) == [1000, 1000, 1000, 7]
+    floored = [*layers[:3], replace(layers[3], floor=40)]
+    assert counts("from_mask", floored, 1040) == [100, 300, 600, 40]
+    assert counts("from_mask", floored, 3100) == [1000, 1000, 1000, 100]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from torch import nn
 from utils.masks import Masks
 from utils.params.pruning import Pruning
 from utils.pruning import prune
+from utils.pruning.choose import choose, plan
+from utils.pruning.counts import Counts, FixedLayer
 from utils.pruning.criteria import criterion
 from utils.pruning.harness import PruningHarness
 from utils.system.errors import UserError
@@ -160,3 +164,54 @@ def test_a_harness_says_whether_it_reads_data(monkeypatch: pytest.MonkeyPatch, r
     entry = Entry("mine", criterion["random"], {"batchnorm": "none", "reads": reads})
     monkeypatch.setitem(criterion._entries, "mine", entry)
     assert harness(criterion="mine").reads_data is expected
+
+
+@pytest.mark.parametrize("options", [{"min_kept": 4}, {"first_layer": "dense"}, {"last_layer": "dense", "min_kept": 1}])
+@pytest.mark.parametrize("kind", ["global", "uniform", "erk", "balanced"])
+def test_floors_and_dense_layers_are_known_beforehand(options: dict[str, Any], kind: str) -> None:
+    pruner = harness(allocation=kind, **options)
+    for densities in itertools.product([1.0, 0.9, 0.6], [0.6, 0.45, 0.39], [0.3, 0.2, 0.15, 0.0]):
+        masks = Masks.dense(net())
+        assert said(pruner, masks, densities, True) == refusal(pruner, masks, densities, True)
+
+
+def test_dense_layers_stay_as_they_are_over_levels() -> None:
+    masks = Masks({name: mask & (torch.arange(mask.numel()).reshape(mask.shape) % 4 > 0)
+                   for name, mask in Masks.dense(net()).items()})  # fmt: skip
+    pruner = harness(first_layer="dense")
+    alive = masks.counts["0.weight"]
+    pruner.check(masks, [0.6, 0.5, alive / masks.total], iterative=True)
+    for density in (0.6, 0.5, alive / masks.total):
+        masks = pruner.prune(net(), masks, density).masks
+        assert masks.counts["0.weight"] == alive
+    assert masks.kept == alive
+
+
+def test_groups_are_forgiven_what_they_could_not_reach() -> None:
+    masks = Masks({"a": torch.ones(4, 3, dtype=torch.bool), "b": torch.ones(4, 7, dtype=torch.bool)})
+    section = Pruning(pattern="channel", layer_densities=("b=0.5",))
+    scores = {name: torch.rand(mask.shape) for name, mask in masks.items()}
+    for density in (0.6, 0.59, 0.58, 0.5):
+        counts = plan(section, masks)
+        masks = choose(scores, masks, density, section, 0)
+        assert (counts.pruned(density) is counts) == (density in (0.59, 0.58))
+    with pytest.raises(UserError, match="largest feasible density is"):
+        plan(section, masks).pruned(0.9)
+    counts = plan(Pruning(pattern="channel"), masks)
+    assert counts.pruned((masks.kept + 6) / masks.total) is counts
+    with pytest.raises(UserError, match="survive; the largest feasible density is"):
+        counts.pruned((masks.kept + 7) / masks.total)
+
+
+def test_slack_is_that_of_masks_and_ends_with_a_pruning() -> None:
+    fixed = FixedLayer("a", 0.5, 100, 46, slack=9)
+    counts = Counts(200, (fixed,), 45, slack=9)
+    assert counts.pruned(0.5) is counts  # 100 asked, 91 live: each part within a group of its goal
+    with pytest.raises(UserError, match="only 91 of 200 survive"):
+        counts.pruned(0.55)
+    wide = Counts(200, (replace(fixed, alive=60),), 45, slack=9).pruned(0.52)  # 54 left for 45 live
+    assert (wide.fixed[0].alive, wide.free, wide.slack, wide.fixed[0].slack) == (50, 54, 0, 0)
+    with pytest.raises(UserError, match="only 104 of 200 survive"):
+        wide.pruned(0.525)
+    with pytest.raises(UserError, match=r"other layers have 45 live weights for the 55"):
+        Counts(200, (replace(fixed, alive=60),), 45, slack=9).pruned(0.525)

@@ -30,3 +30,10 @@ def test_an_entry_without_a_layer_is_refused_with_a_hint() -> None:
 def test_an_entry_that_is_never_used_is_refused() -> None:
     with pytest.raises(UserError, match=r"'fc.\*' is never used"):
         assign(["*=0.5", "fc.*=1"], NAMES)
+
+
+def test_layers_that_other_keys_fix_are_left_to_them() -> None:
+    taken = {"conv1.weight": "pruning.first_layer"}
+    assert assign(["*conv1*=0.5"], NAMES, taken) == {"layer1.0.conv1.weight": 0.5, "layer1.1.conv1.weight": 0.5}
+    with pytest.raises(UserError, match=r"'conv1\.\*' is never used, pruning\.first_layer=dense keeps 'conv1\.weight'"):
+        assign(["conv1.*=0.5"], NAMES, taken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,3 +163,42 @@ def test_twenty_million_scores(tied: bool) -> None:
     assert int(mask.count_nonzero()) == keep
     lowest_kept, highest_dropped = scores[mask].min(), scores[~mask].max()
     assert lowest_kept == highest_dropped if tied else lowest_kept >= highest_dropped
+
+
+@given(pools(), st.lists(st.integers(0, 4), min_size=4, max_size=4), st.data())
+@settings(max_examples=300, deadline=None)
+def test_floors_first_then_the_best_of_all_others(pool: Pool, floors: list[int], data: st.DataObject) -> None:
+    layers = tuple(
+        replace(layer, floor=min(floor, layer.alive)) for layer, floor in zip(pool.layers, floors, strict=False)
+    )
+    keep = data.draw(st.integers(sum(layer.floor for layer in layers), sum(layer.alive for layer in layers)))
+    masks = top(Pool(layers, keep))
+    kept = {layer.name: set(np.flatnonzero(masks[layer.name].numpy()).tolist()) for layer in layers}
+    assert sum(map(len, kept.values())) == keep
+    ranked = {
+        layer.name: sorted(np.flatnonzero(layer.live).tolist(), key=lambda i: -layer.scores[i]) for layer in layers
+    }
+    spare: list[float] = []
+    extra: list[float] = []
+    for layer in layers:
+        best = [float(layer.scores[i]) for i in ranked[layer.name]]
+        mine = sorted((float(layer.scores[i]) for i in kept[layer.name]), reverse=True)
+        assert mine == best[: len(mine)]
+        assert len(mine) >= layer.floor
+        spare += best[layer.floor :]
+        extra += mine[layer.floor :]
+    assert sorted(extra, reverse=True) == sorted(spare, reverse=True)[: len(extra)]
+
+
+def test_floors_follow_the_same_tie_order() -> None:
+    masks = {"a": torch.ones(50, dtype=torch.bool), "b": torch.ones(50, dtype=torch.bool)}
+    scores = {"a": torch.zeros(50), "b": torch.ones(50)}
+    plain = tuple(layers_of(scores, masks, 3))
+    floored = tuple(replace(layer, floor=7) for layer in plain)
+    chosen = top(Pool(floored, 20))
+    assert torch.equal(chosen["a"], top(Pool(plain[:1], 7))["a"])
+    assert torch.equal(chosen["b"], top(Pool(plain[1:], 13))["b"])
+    with pytest.raises(ValueError, match="cannot keep 13 of 100 live weights with floors of 14"):
+        top(Pool(floored, 13))
+    assert not covers([Pool(floored, 13)], floored)
+    assert covers([Pool(floored, 14)], floored)

@@ -196,6 +196,141 @@ def test_extensions_are_called_around_every_step_in_order() -> None:
     assert rows[0]["extra"] == 1.0
 
 
+class Replacing(Extension):
+    """Takes the place of the steps given, and keeps what it saw there."""
+
+    def __init__(self, model: nn.Module, steps: set[int], dense: bool = True) -> None:
+        self.model, self.steps, self.dense = model, steps, dense
+        self.grads: dict[int, dict[str, torch.Tensor]] = {}
+        self.after: list[int] = []
+
+    def needs_dense_grad(self, step: int) -> bool:
+        return self.dense and step in self.steps
+
+    def replaces_step(self, step: int) -> bool:
+        return step in self.steps
+
+    def update(self, step: int) -> None:
+        self.grads[step] = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def after_step(self, step: int) -> None:
+        self.after.append(step)
+
+
+class Watching(Extension):
+    """Copies weights and optimizer state after every step."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer, self.seen = model, optimizer, {}
+
+    def after_step(self, step: int) -> None:
+        state = [v.clone() for p in self.model.parameters() for v in self.optimizer.state[p].values()]
+        self.seen[step] = [p.detach().clone() for p in self.model.parameters()] + state
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("dense", [True, False])
+def test_an_update_replaces_the_step_and_sees_the_whole_steps_gradient(accumulation: int, dense: bool) -> None:
+    model = network()
+    optimizer, held = attached(model)
+    replacing, watching = Replacing(model, {1}, dense), Watching(model, optimizer)
+    # A clip that would shrink every gradient: updates must see them unclipped.
+    here = trainer(model, accumulation=accumulation, clip=1e-3)
+    here.fit(Stage(0, 1, rate), optimizer, held, [replacing, watching])
+    steps = BATCHES // accumulation
+    assert sorted(watching.seen) == list(range(steps))
+    assert replacing.after == [step for step in range(steps) if step != 1]
+    same = [torch.equal(a, b) for a, b in zip(watching.seen[0], watching.seen[1], strict=True)]
+    assert all(same)
+    assert not torch.equal(watching.seen[1][0], watching.seen[2][0])
+    again = network()
+    with torch.no_grad():
+        for p, value in zip(again.parameters(), watching.seen[0], strict=False):
+            p.copy_(value)
+    for images, labels in Memory().batches[accumulation : 2 * accumulation]:
+        (F.cross_entropy(again(images), labels) / accumulation).backward()
+    masks = half(model)
+    for name, p in again.named_parameters():
+        expected = p.grad.masked_fill(~masks[name], 0) if name in masks and not dense else p.grad
+        torch.testing.assert_close(replacing.grads[1][name], expected, msg=name)
+    pruned = replacing.grads[1]["4.weight"][~masks["4.weight"]]
+    assert bool((pruned != 0).any()) == dense
+
+
+def test_a_replaced_step_leaves_no_gradient_to_the_next_one() -> None:
+    model = network()
+    optimizer, held = attached(model)
+    trainer(model).fit(Stage(0, 1, rate), optimizer, held, [Replacing(model, {2, 5})])
+    expected, memory = network(), Memory()
+    theirs = sgd(expected)
+    masks = half(expected)
+    masks.apply_(expected)
+    for step, (images, labels) in enumerate(memory.order(0)):
+        loss = F.cross_entropy(expected(images), labels)
+        if step in (2, 5):
+            continue
+        loss.backward()
+        for name, p in expected.named_parameters():
+            if name in masks:
+                p.grad[~masks[name]] = 0
+        theirs.param_groups[0]["lr"] = rate(step)
+        theirs.step()
+        theirs.zero_grad()
+    for (name, mine), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(mine, other), name
+    (model(memory.batches[0][0]).sum()).backward()
+    assert not model[4].weight.grad[~masks["4.weight"]].any(), "the gate stayed open after the last step"
+
+
+def test_dense_gradients_that_nothing_replaces_never_reach_the_optimizer() -> None:
+    class Curious(Extension):
+        def needs_dense_grad(self, step: int) -> bool:
+            return step % 2 == 0
+
+    model = network()
+    optimizer, held = attached(model)
+    trainer(model, clip=0.5).fit(Stage(0, 2, rate), optimizer, held, [Curious()])
+    expected, _ = plain_loop(2, clip=0.5)
+    for (name, mine), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert held.violations() == []
+
+
+def test_float16_updates_see_unscaled_gradients_and_training_goes_on() -> None:
+    grads = {}
+    for kind in ("float16", "float32"):
+        model = network()
+        optimizer, held = attached(model)
+        replacing = Replacing(model, {0, 3, 5})
+        here = trainer(model, precision=kind)
+        here.fit(Stage(0, 2, lambda step: 0.01), optimizer, held, [replacing])
+        assert held.violations() == []
+        grads[kind] = replacing.grads[0]
+    assert grads["float16"]["4.weight"].abs().max() > 0.01
+    for name, grad in grads["float16"].items():
+        torch.testing.assert_close(grad, grads["float32"][name], rtol=0.05, atol=5e-3, msg=name)
+
+
+def test_a_stage_may_grow_and_change_its_rate_while_it_runs() -> None:
+    class Longer(Extension):
+        def epoch_end(self, epoch: int) -> dict[str, float | None]:
+            if epoch == 1:
+                stage.epochs, stage.lr = 5, lambda step: 1e-3 * step
+            return {}
+
+    model, memory = network(), Memory()
+    optimizer, held = attached(model)
+    stage = Stage(0, 2, rate)
+    here = trainer(model, memory, eval_every=4)
+    here.loaders.spec.size_at = lambda progress: round(100 * progress)
+    rows = here.fit(stage, optimizer, held, [Longer()])
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]
+    assert ["test_acc" in row for row in rows] == [False, False, False, True, True]
+    assert [row["lr"] for row in rows] == pytest.approx([rate(0), rate(6), 0.012, 0.018, 0.024])
+    assert optimizer.param_groups[0]["lr"] == 1e-3 * 29
+    assert memory.sizes == [0, 50, 40, 60, 80]
+
+
 def test_evaluation_counts_every_sample_once_and_leaves_the_model_training() -> None:
     model = network()
     here = trainer(model)

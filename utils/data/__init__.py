@@ -18,8 +18,9 @@ from utils.data.datasets.sources import MissingData
 from utils.data.order import Shard
 from utils.data.protocol import Batch, Loader
 from utils.data.resolve import resolve
+from utils.data.scoring import ScoringBatches, micro_batches
 from utils.data.spec import DataSpec
-from utils.data.splits import balanced, split, subset
+from utils.data.splits import split, subset
 from utils.params import Data, Params
 from utils.system.cpus import allowed_cpus
 from utils.system.distributed import from_main, world
@@ -29,6 +30,7 @@ __all__ = [
     "DataSpec",
     "Loader",
     "Loaders",
+    "ScoringBatches",
     "Shard",
     "build",
     "count_training",
@@ -56,19 +58,19 @@ class Loaders:
     digests: dict[str, str]
     """Hex digest of what was read, by split ("train", "test")."""
     loader: str
-    open_scoring: Callable[[int, int], Loader]
-    """(images per class, batch size) -> the loader `scoring` reads once."""
+    open_scoring: Callable[[int | None, int | None, int, int, int], ScoringBatches]
+    """(images per class, micro-batches, batch size, rank, ranks), as in `scoring`."""
 
-    def scoring(self, per_class: int, batch_size: int) -> list[Batch]:
-        """Batches of `per_class` training images of every class (all of a class that has fewer), classes taking turns.
+    def scoring(
+        self, *, per_class: int | None, batches: int | None, batch_size: int, rank: int, ranks: int
+    ) -> ScoringBatches:
+        """Training images to score on, shown as in evaluation, never held-out ones: `rank`'s share of micro-batches.
 
-        Shown as in evaluation, never held-out images, chosen by the order seed: the same batches on every rank.
+        Either `per_class` images of every class, in as few micro-batches of nearly equal sizes as `batch_size` allows,
+        or `batches` micro-batches of `batch_size`. What each of them holds depends on the order seed, not
+        on the ranks or the kind of loader. The caller closes it. Raises UserError when there are too few images.
         """
-        loader = self.open_scoring(per_class, batch_size)
-        try:
-            return take(loader, len(loader))
-        finally:
-            loader.close()
+        return self.open_scoring(per_class, batches, batch_size, rank, ranks)
 
     def close(self) -> None:
         """Stop all threads and processes; the loaders can be iterated again afterwards."""
@@ -130,9 +132,17 @@ def build(params: Params, shard: Shard, device: torch.device, channels_last: boo
     train, val = _indices(params, opened.labels, shard.batch_size)
     eval_batch = params.training.eval_batch_size or 2 * shard.micro_batch
 
-    def open_scoring(per_class: int, batch_size: int) -> Loader:
-        chosen = balanced(train, opened.labels, per_class, order_seed)
-        return opened.make("train", chosen, False, Shard(), batch_size)
+    def open_scoring(
+        per_class: int | None, batches: int | None, batch_size: int, rank: int, ranks: int
+    ) -> ScoringBatches:
+        chosen = micro_batches(
+            train, opened.labels, order_seed, per_class=per_class, batches=batches, batch_size=batch_size
+        )
+
+        def open_loader(samples: np.ndarray, size: int) -> Loader:
+            return opened.make("train", samples, False, Shard(), size)
+
+        return ScoringBatches(chosen, open_loader, rank, ranks)
 
     return Loaders(
         train=opened.make("train", train, True, shard, eval_batch),

@@ -8,7 +8,7 @@ resnet32 466,906, resnet44 661,338, resnet56 855,770, resnet110 1,730,714 (optio
 resnet18 to resnet152: torchvision's networks with a 3x3 stem of stride 1 and no max-pool; their state_dict keys.
 
 vgg11_bn to vgg19_bn: torchvision's convolutions, average pooling to 1x1 and one linear layer 512 -> classes. They need
-images of at least 32 px.
+images of at least 32 px. With `_head512` the head is Linear(512, 512), ReLU, Dropout(0.5), Linear(512, classes).
 """
 
 from __future__ import annotations
@@ -66,14 +66,17 @@ class ThinResNet(nn.Module):
 
 
 class CifarVGG(nn.Module):
-    """VGG with BatchNorm and a head of one linear layer."""
+    """VGG with BatchNorm and a head of one linear layer, or of two with dropout between them."""
 
-    def __init__(self, config: str, num_classes: int) -> None:
-        """config: torchvision's letter: A (11 layers), B (13), D (16), E (19)."""
+    def __init__(self, config: str, num_classes: int, hidden: int | None = None) -> None:
+        """config: torchvision's letter: A (11 layers), B (13), D (16), E (19); hidden: width of a second layer."""
         super().__init__()
         self.features = make_layers(cfgs[config], batch_norm=True)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.classifier = nn.Linear(512, num_classes)
+        self.classifier: nn.Module = nn.Linear(512, num_classes)
+        if hidden is not None:
+            layers = (nn.Linear(512, hidden), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(hidden, num_classes))
+            self.classifier = nn.Sequential(*layers)
         _initialise(self, linear_std=0.01)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -171,3 +174,27 @@ def vgg16_bn(num_classes: int) -> nn.Module:
 def vgg19_bn(num_classes: int) -> nn.Module:
     """VGG-19 with BatchNorm and one linear layer, 20.0 M parameters."""
     return CifarVGG("E", num_classes)
+
+
+@model("cifar/vgg11_bn_head512")
+def vgg11_bn_head512(num_classes: int) -> nn.Module:
+    """VGG-11 with BatchNorm and two linear layers, 512 wide and dropout between, 9.5 M parameters."""
+    return CifarVGG("A", num_classes, hidden=512)
+
+
+@model("cifar/vgg13_bn_head512")
+def vgg13_bn_head512(num_classes: int) -> nn.Module:
+    """VGG-13 with BatchNorm and two linear layers, 512 wide and dropout between, 9.7 M parameters."""
+    return CifarVGG("B", num_classes, hidden=512)
+
+
+@model("cifar/vgg16_bn_head512")
+def vgg16_bn_head512(num_classes: int) -> nn.Module:
+    """VGG-16 with BatchNorm and two linear layers, 512 wide and dropout between, 15.0 M parameters."""
+    return CifarVGG("D", num_classes, hidden=512)
+
+
+@model("cifar/vgg19_bn_head512")
+def vgg19_bn_head512(num_classes: int) -> nn.Module:
+    """VGG-19 with BatchNorm and two linear layers, 512 wide and dropout between, 20.3 M parameters."""
+    return CifarVGG("E", num_classes, hidden=512)

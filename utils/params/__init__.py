@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from utils.params.data import Data
 from utils.params.distributed import Distributed
+from utils.params.dynamic import Dynamic
+from utils.params.early import Early
+from utils.params.graph import Graph
 from utils.params.levels import Levels
 from utils.params.model import Model
 from utils.params.optimizer import Optimizer
@@ -28,6 +31,9 @@ class Params:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     pruning: Pruning = dataclasses.field(default_factory=Pruning)
+    graph: Graph = dataclasses.field(default_factory=Graph)
+    early: Early = dataclasses.field(default_factory=Early)
+    dynamic: Dynamic = dataclasses.field(default_factory=Dynamic)
     levels: Levels = dataclasses.field(default_factory=Levels)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
@@ -35,6 +41,9 @@ class Params:
 __all__ = [
     "Data",
     "Distributed",
+    "Dynamic",
+    "Early",
+    "Graph",
     "Levels",
     "Model",
     "Optimizer",

@@ -9,16 +9,16 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from utils.params import Params
+from utils.params import Params, method_checks
 from utils.params.catalog import Key, keys
 from utils.params.parsing import show
-from utils.params.plan import level_plan
+from utils.params.plan import SINGLE, level_plan
 from utils.params.step import Step
 from utils.system.errors import ParamError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
-_IGNORED: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+_IGNORED: method_checks.Ignored = (
     ("schedule.milestones", "schedule.name", ("constant", "cosine", "triangular", "trapezoidal", "onecycle"), "step"),
     ("schedule.gamma", "schedule.name", ("constant", "cosine", "triangular", "trapezoidal", "onecycle"), "step"),
     ("schedule.start", "schedule.name", ("constant", "step", "cosine", "trapezoidal"), "triangular or onecycle"),
@@ -34,17 +34,17 @@ _IGNORED: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("data.pad", "data.augment", ("none", "rrc"), "crop"),
     ("data.jpeg_quality", "data.write_mode", ("raw",), "jpg or proportion"),
     ("data.compress_probability", "data.write_mode", ("auto", "raw", "jpg"), "proportion"),
-    ("pruning.samples_per_class", "pruning.criterion", ("magnitude", "random"), "a criterion that reads data"),
     ("distributed.sync_batchnorm", "run.device", ("cpu",), "cuda"),
+    *method_checks.IGNORED,
 )
 """(key, other key, values of the other key that ignore the first, values that use it); for non-default values only."""
 
-_PLAN_IGNORED: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
-    ("pruning.density", "pruning.moment", ("levels",), "init or oneshot"),
-    ("levels.rate", "pruning.moment", ("init", "oneshot"), "levels"),
-    ("levels.target", "pruning.moment", ("init", "oneshot"), "levels"),
-    ("levels.count", "pruning.moment", ("init", "oneshot"), "levels"),
-    ("levels.spacing", "pruning.moment", ("init", "oneshot"), "levels"),
+_PLAN_IGNORED: method_checks.Ignored = (
+    ("pruning.density", "pruning.moment", ("levels",), "init, step, early or oneshot"),
+    ("levels.rate", "pruning.moment", (*SINGLE, "oneshot"), "levels"),
+    ("levels.target", "pruning.moment", (*SINGLE, "oneshot"), "levels"),
+    ("levels.count", "pruning.moment", (*SINGLE, "oneshot"), "levels"),
+    ("levels.spacing", "pruning.moment", (*SINGLE, "oneshot"), "levels"),
     ("levels.rate", "levels.spacing", ("linear",), "geometric"),
     ("levels.rewind_step", "levels.rewind", ("imp", "lrr", "none"), "wr"),
     ("levels.rewind_optimizer", "levels.rewind", ("imp", "lrr", "none"), "wr"),
@@ -54,6 +54,7 @@ _PLAN_IGNORED: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("data.max_resolution", "data.loader", ("device", "torchvision"), "ffcv"),
     ("data.jpeg_quality", "data.loader", ("device", "torchvision"), "ffcv"),
     ("data.compress_probability", "data.loader", ("device", "torchvision"), "ffcv"),
+    *method_checks.PLAN_IGNORED,
 )
 """The same for runs alone: other tools prune to one density, or write .beton files whatever the run's loader is."""
 
@@ -91,6 +92,7 @@ def _problems(params: Params, plan: bool) -> Iterator[str]:
     yield from _schedule(params)
     yield from _data(params)
     yield from _layer_densities(params)
+    yield from method_checks.problems(params, plan)
     if plan:
         yield from _ignored(params, _PLAN_IGNORED)
         yield from _plan(params)
@@ -102,7 +104,7 @@ def _changed(key: Key, params: Params) -> bool:
     return bool(key.of(params) != key.default)
 
 
-def _ignored(params: Params, table: tuple[tuple[str, str, tuple[str, ...], str], ...]) -> Iterator[str]:
+def _ignored(params: Params, table: method_checks.Ignored) -> Iterator[str]:
     for name, other, ignoring, using in table:
         key, switch = keys()[name], keys()[other]
         if _changed(key, params) and switch.of(params) in ignoring:
@@ -241,7 +243,8 @@ def _plan(params: Params) -> Iterator[str]:
         yield from _listed(levels.densities, iterative=moment == "levels")
         return
     if moment != "levels":
-        if params.pruning.density is None:
+        settled = moment in SINGLE and (params.pruning.mask_file is not None or params.graph.degree is not None)
+        if params.pruning.density is None and not settled:
             yield f"pruning.density: not set, and pruning.moment={moment} needs it; set it, or list levels.densities"
     elif levels.spacing == "linear":
         if levels.target is None or levels.count is None:
@@ -270,9 +273,13 @@ def _listed(densities: tuple[float, ...], iterative: bool) -> Iterator[str]:
 
 def _rewind(params: Params) -> Iterator[str]:
     levels, moment = params.levels, params.pruning.moment
-    if moment == "init" and levels.rewind in ("wr", "none"):
-        yield f"levels.rewind={levels.rewind}: pruning.moment=init starts every density from initial weights; drop it"
+    if moment in SINGLE and levels.rewind in ("wr", "none"):
+        yield f"levels.rewind={levels.rewind}: pruning.moment={moment} starts from initial weights; drop it"
     plan = level_plan(params)
+    if moment == "step" and params.pruning.step is not None:
+        shortest = min(level.epochs for level in plan)
+        if params.pruning.step.epochs >= max(shortest, 1):
+            yield f"pruning.step={params.pruning.step}: levels train {shortest} epochs; choose an earlier step"
     if levels.only is not None and levels.only >= len(plan):
         yield f"levels.only={levels.only}: the plan has levels 0 to {len(plan) - 1}"
     if levels.rewind != "wr":

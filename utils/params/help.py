@@ -54,7 +54,7 @@ def help_text(usage: str = "", options: Mapping[str, str] | None = None) -> str:
         parts.append("\n".join(lines) + "\n")
     for kind in HOMES:
         lines = [f"{_PLURALS.get(kind, kind)}:"]
-        lines += [_wrapped(f"  {name}".ljust(20), text, 20) for name, text in declared(kind).items()]
+        lines += [_wrapped(f"  {name}  ".ljust(20), text, 20) for name, text in declared(kind).items()]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts).rstrip()
 

@@ -10,7 +10,7 @@ from utils.params import Params
 from utils.params.catalog import Key, keys
 from utils.params.parsing import dump_value, parse
 
-VERSION = 1
+VERSION = 2
 """Part of every hash. Raise it whenever the default of a hashed field changes: old names then stay old runs'.
 
 A new field needs no raise: while it has its default it is not part of the hash.

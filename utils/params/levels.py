@@ -25,6 +25,19 @@ class Levels:
     )
     count: int | None = param(None, "number of levels, the dense level 0 included", low=1, high=1000, empty="none")
     densities: tuple[float, ...] = param((), "explicit densities instead of rate, target and count", low=0.0, high=1.0)
+    start: float | None = param(
+        None,
+        "density level 0 is pruned to before it trains, by start_criterion; the plan goes down from there; none: dense",
+        above=0.0,
+        high=1.0,
+        empty="none",
+    )
+    start_criterion: str | None = param(
+        None, "criterion of levels.start; none: pruning.criterion", kind="criterion", empty="none"
+    )
+    start_allocation: str | None = param(
+        None, "allocation of levels.start; none: pruning.allocation", kind="allocation", empty="none"
+    )
     rewind: str = param(
         "lrr",
         "imp: initial weights; wr: weights of rewind_step; lrr: keep weights, restart the learning rate; "

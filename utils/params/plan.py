@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils.params import Params
 from utils.system.errors import ParamError
@@ -10,39 +11,78 @@ from utils.system.errors import ParamError
 MAX_LEVELS = 1000
 
 
+SINGLE = ("init", "step", "early")
+"""Moments of which each density is a level of its own that starts from the initial weights."""
+
+
 @dataclass(frozen=True)
 class Level:
     """One level of a plan.
 
-    density   target density
-    source    level whose weights and masks it prunes; None: the initial weights, all weights live
+    density   target density, of the masks it ends with
+    begins    density of the masks its training begins with: another one where it prunes while it trains
+    source    level whose weights and masks it prunes; None: the initial weights, all weights live (or a mask file's)
     epochs    length of its schedule
-    rewind    imp, wr, lrr or none; None where there is nothing to rewind (a dense level 0, pruning at initialisation)
+    rewind    imp, wr, lrr or none; None where there is nothing to rewind (level 0, densities of single-shot moments)
     """
 
     number: int
     density: float
+    begins: float
     source: int | None
     epochs: int
     rewind: str | None
 
 
+def start_density(params: Params) -> float:
+    """Density of the masks a run begins with: 1.0, or that of pruning.mask_file. Raises UserError when unreadable."""
+    return 1.0 if params.pruning.mask_file is None else _mask_density(Path(params.pruning.mask_file))
+
+
 def target_densities(params: Params) -> list[float]:
-    """Target density of every level, level 0 first. Dense level 0 is included except for pruning at initialisation."""
+    """Target density of every level, level 0 first: dense (or as it starts) but for single-shot moments."""
     levels, pruning = params.levels, params.pruning
-    if pruning.moment == "init":
-        return list(levels.densities) or [_required(pruning.density)]
+    start = start_density(params)
+    if pruning.moment in SINGLE:
+        return list(levels.densities) or [_single(params, start)]
+    first = start if levels.start is None else levels.start
     if levels.densities:
         listed = list(levels.densities)
-        return listed if listed[0] == 1.0 else [1.0, *listed]
+        if listed[0] > first:
+            raise ParamError(f"levels.densities: {listed[0]:g} is above {first:g}, which level 0 starts at; lower it")
+        return listed if listed[0] == first else [first, *listed]
     if pruning.moment == "oneshot":
-        return [1.0, _required(pruning.density)]
+        return [first, _required(pruning.density)]
     if levels.spacing == "linear":
         assert levels.target is not None
         assert levels.count is not None
         steps = max(levels.count - 1, 1)
-        return [1.0 - k * (1.0 - levels.target) / steps for k in range(levels.count)]
-    return _geometric(levels.rate, levels.target, levels.count)
+        return [first - k * (first - levels.target) / steps for k in range(levels.count)]
+    return _geometric(first, levels.rate, levels.target, levels.count)
+
+
+def _single(params: Params, start: float) -> float:
+    """The one density of a single-shot moment: a graph's degree decides it itself, a mask file may."""
+    if params.pruning.density is not None:
+        return params.pruning.density
+    if params.graph.degree is not None or params.pruning.mask_file is not None:
+        return start
+    return _required(None)
+
+
+def _mask_density(path: Path) -> float:
+    from safetensors import SafetensorError, safe_open
+
+    mend = "give a mask file of ours, or make one with `python -m utils.pruning convert`"
+    if not path.is_file():
+        raise ParamError(f"pruning.mask_file: {path}: no such file")
+    try:
+        with safe_open(str(path), "np") as handle:
+            counts = handle.metadata() or {}
+        kept, total = int(counts["kept"]), int(counts["total"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ParamError(f"pruning.mask_file: {path}: not a whole mask file; {mend}") from error
+    return kept / total if total else 1.0
 
 
 def _required(density: float | None) -> float:
@@ -51,10 +91,10 @@ def _required(density: float | None) -> float:
     return density
 
 
-def _geometric(rate: float, target: float | None, count: int | None) -> list[float]:
+def _geometric(first: float, rate: float, target: float | None, count: int | None) -> list[float]:
     densities: list[float] = []
     while len(densities) < (count or MAX_LEVELS):
-        densities.append((1.0 - rate) ** len(densities))
+        densities.append(first * (1.0 - rate) ** len(densities))
         # The formula may end a hair above a target that is exactly one of its values.
         if target is not None and densities[-1] <= target * (1.0 + 1e-12):
             return densities
@@ -78,7 +118,16 @@ def level_plan(params: Params) -> list[Level]:
         )
     plan = []
     for number, (density, epochs) in enumerate(zip(densities, lengths, strict=True)):
-        first = moment == "init" or number == 0
+        first = moment in SINGLE or number == 0
         source = None if first else (number - 1 if moment == "levels" else 0)
-        plan.append(Level(number, density, source, epochs, None if first else rewind))
+        begins = _begins(params, density)
+        plan.append(Level(number, density, begins, source, epochs, None if first else rewind))
     return plan
+
+
+def _begins(params: Params, density: float) -> float:
+    if params.pruning.moment in ("step", "early"):
+        return start_density(params)
+    if params.dynamic.method == "gmp":
+        return min(params.dynamic.initial_density, start_density(params))
+    return density

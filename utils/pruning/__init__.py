@@ -1,11 +1,11 @@
 """The pruning harness: criteria, allocations, exact selection and the per-layer report.
 
 masks = prune(model, density=0.1, criterion="magnitude", allocation="erk")
+masks = prune(model, density=0.05, criterion="synflow", input_shape=(3, 32, 32))
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,26 +36,28 @@ def prune(
     masks: Masks | None = None,
     batches: Batches = (),
     loss: Loss | None = None,
-    exclude: Sequence[str] = (),
-    layer_densities: Sequence[str] = (),
+    input_shape: tuple[int, int, int] | None = None,
     seed: int = 0,
+    **section: Any,
 ) -> Masks:
     """Masks that keep exactly floor(density * total + 0.5) prunable weights of `model`, which stays as it is.
 
-    masks: the weights that still live (None: all prunable parameters but those matching the globs in `exclude`).
-    layer_densities: `glob=density` entries that fix layers; the first match holds, the rest share what is left.
-    batches, loss: what the criterion reads, where it reads data. Raises UserError for requests that cannot be met.
+    masks: the weights that still live (None: all prunable ones).
+    batches, loss: what the criterion reads, where it reads data; under a process group this rank's share.
+    input_shape: (channels, height, width) of an image, for criteria that read none; that of the batches by default.
+    section: other keys of the section `pruning`, such as exclude, pattern, rounds, layer_densities or min_kept.
+    Raises UserError for requests that cannot be met, TypeError for an unknown key.
     """
     from utils.params.pruning import Pruning
     from utils.pruning.harness import PruningHarness
 
-    if masks is not None and exclude:
+    if masks is not None and section.get("exclude"):
         raise ValueError("give masks or exclude, not both: masks already say what is prunable")
-    section = Pruning(
-        criterion=criterion,
-        allocation=allocation,
-        density=density,
-        exclude=tuple(exclude),
-        layer_densities=tuple(layer_densities),
-    )
-    return PruningHarness(section, seed=seed, loss=loss).prune(model, masks, density, batches).masks
+    kept = list(batches)
+    if input_shape is None and kept:
+        channels, height, width = kept[0][0].shape[1:]
+        input_shape = channels, height, width
+    more: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
+    keys = Pruning(criterion=criterion, allocation=allocation, density=density, **more)
+    harness = PruningHarness(keys, seed=seed, loss=loss, input_shape=input_shape)
+    return harness.prune(model, masks, density, kept).masks

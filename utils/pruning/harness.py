@@ -1,9 +1,12 @@
-"""The pruning harness: score, allocate, select, check. It alone decides when a criterion runs and on what."""
+"""The pruning harness: rounds of score, normalise, select, check. It alone decides when a criterion runs, on what."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,123 +14,225 @@ from torch.nn import functional
 
 from utils.data.stateless import derive
 from utils.masks import Masks, bare
+from utils.params.graph import Graph
 from utils.params.pruning import Pruning
-from utils.pruning import fixed
-from utils.pruning.allocations import allocation
+from utils.pruning import controls, graphs, patterns
+from utils.pruning.choose import choose, layer_counts, plan
 from utils.pruning.counts import Counts
-from utils.pruning.criteria import Batches, Loss, Scores, check_traits, criterion
+from utils.pruning.criteria import Batches, Loss, Scores, criterion, read_options, traits_of, wants_shape
+from utils.pruning.normalize import lamp
 from utils.pruning.preserve import preserved
-from utils.pruning.select import Layer, Pool, covers, kept_count, layers_of, top
+from utils.pruning.rounds import Round, round_densities
+from utils.system import distributed
 from utils.system.errors import UserError
 
-
-@dataclass(frozen=True)
-class Round:
-    """One score-and-prune step: the density asked for and the exact one reached."""
-
-    requested: float
-    reached: float
+Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """The masks of a pruning and what each of its rounds did (one round for one-shot methods)."""
+    """The masks of a pruning, what each of its rounds did (one for one-shot methods), and lines for the reader."""
 
     masks: Masks
     rounds: tuple[Round, ...]
+    notes: tuple[str, ...] = ()
 
 
 class PruningHarness:
-    """Prunes models as a `pruning` section says.
+    """Prunes models as a `pruning` section says, or the layer graphs of a `graph` section.
 
-    seed: of random scores and of the order of ties; the same seed gives the same masks on every rank.
+    seed: of random scores, graphs and the order of ties; the same seed gives the same masks on every rank.
     loss: what gradient criteria differentiate, `(model, batch) -> scalar`; mean cross-entropy by default.
-    Raises UserError for an unknown criterion or allocation and for malformed layer densities.
+    input_shape: (channels, height, width) of the model's input, for criteria that make up their own.
+    Raises UserError for unknown names and for options, patterns and layer densities that are malformed or do not go
+    together.
     """
 
-    def __init__(self, pruning: Pruning, *, seed: int, loss: Loss | None = None) -> None:
+    def __init__(
+        self,
+        pruning: Pruning,
+        graph: Graph | None = None,
+        *,
+        seed: int,
+        loss: Loss | None = None,
+        input_shape: Shape | None = None,
+    ) -> None:
         self.pruning = pruning
+        self.graph = graph or Graph()
         self.seed = seed
         self.loss: Loss = loss or cross_entropy
-        self._criterion = criterion.entry(pruning.criterion)
-        check_traits(self._criterion.name, self._criterion.traits)
-        self._allocate = allocation[pruning.allocation]
-        fixed.parse(pruning.layer_densities)
+        self.input_shape = input_shape
+        self.traits = traits_of(pruning.criterion)
+        self.options = read_options(pruning.criterion, pruning.criterion_options)
+        patterns.parse(pruning.pattern)
+        if pruning.normalize == "lamp" and self.traits["signed"]:
+            raise UserError(
+                f"pruning.normalize=lamp: scores of {pruning.criterion!r} are signed, which it cannot rank; drop it"
+            )
 
     @property
     def reads_data(self) -> bool:
         """Whether the criterion scores on training batches, which `prune` and `score` then need."""
-        return bool(self._criterion.traits["reads"] == "train")
+        return self.graph.kind is None and bool(self.traits["reads"] == "train")
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """How much data to score on: `per_class`, `batches` (one of them None) and `batch_size`, settled."""
+        section, traits = self.pruning, self.traits
+        batches = section.batches if section.samples_per_class is None else None
+        if batches is None and section.samples_per_class is None:
+            batches = traits["batches"]
+        per_class = None if batches is not None else section.samples_per_class or traits["samples_per_class"]
+        return {"per_class": per_class, "batches": batches, "batch_size": section.batch_size}
+
+    def start(self, model: nn.Module) -> Masks:
+        """What a run prunes first: all prunable weights, or those of `pruning.mask_file`.
+
+        Layers that the pattern cannot cover have no entry, as excluded ones. Raises UserError for a mask file that is
+        another model's or prunes what is excluded here.
+        """
+        dense = Masks.dense(model, self.pruning.exclude)
+        outside = self.outside(dense)
+        dense = Masks({name: mask for name, mask in dense.items() if name not in outside})
+        return dense if self.pruning.mask_file is None else _restrict(Path(self.pruning.mask_file), model, dense)
+
+    def outside(self, masks: Masks) -> tuple[str, ...]:
+        """Entries of `masks` that the pattern leaves whole and out of the density."""
+        return patterns.outside(self.pruning.pattern, {name: tuple(mask.shape) for name, mask in masks.items()})
 
     def check(self, masks: Masks, densities: Sequence[float], iterative: bool) -> None:
         """Raise the UserError that pruning `masks` to `densities` would raise, without scoring anything.
 
-        iterative: each density is pruned from the masks of the one before; else each from `masks`. Exact: what passes
-        is pruned without complaint (NaN scores apart) and what works passes. Layer densities that fix no layer are
-        refused even when there is no density to prune to.
+        iterative: each density is pruned from the masks of the one before; else each from `masks`. Exact for single
+        weights: what passes is pruned without complaint (NaN scores apart) and what works passes.
         """
-        start = counts = self._counts(masks)
+        if self.graph.kind is not None:
+            return
+        start = counts = plan(self.pruning, masks)
         for density in densities:
             after = counts.pruned(density)
             counts = after if iterative else start
 
-    def prune(self, model: nn.Module, masks: Masks | None, density: float, batches: Batches = ()) -> Pruned:
-        """Masks with exactly floor(density * total + 0.5) weights, all of them live in `masks` (None: all live).
+    def prune(self, model: nn.Module, masks: Masks | None, density: float | None, batches: Batches = ()) -> Pruned:
+        """Masks of `density`, all of whose weights live in `masks` (None: what `start` gives).
 
-        The model is left bitwise as it was: nothing is set to zero here. When `masks` already hold that many weights
-        they are returned as they are. Raises UserError for a density that cannot be reached and for NaN scores.
+        Exactly floor(density * total + 0.5) weights for single weights, the largest count whole groups reach for other
+        patterns, what integer degrees give for graphs (where density is None in the form by degree). The model is left
+        bitwise as it was: nothing is set to zero here. When `masks` already hold that many weights they are returned
+        as they are. batches: this rank's share. Raises UserError for a density that cannot be reached and for NaN.
         """
-        masks = Masks.dense(model, self.pruning.exclude) if masks is None else masks.check(model)
-        counts = self._counts(masks)
-        if counts.pruned(density) is not counts:
-            masks = self.select(self.score(model, masks, batches), masks, density)
-        return Pruned(masks, (Round(density, masks.density),))
+        masks = self.start(model) if masks is None else masks.check(model)
+        if self.graph.kind is not None:
+            return self._graph(model, masks, density)
+        assert density is not None
+        found, rounds = self._in_rounds(model, masks, density, batches)
+        if self.pruning.control == "shuffle":
+            found = controls.shuffle(found, masks, self.seed)
+        return Pruned(found, rounds or (Round(density, found.density),))
+
+    def _in_rounds(
+        self, model: nn.Module, start: Masks, density: float, batches: Batches
+    ) -> tuple[Masks, tuple[Round, ...]]:
+        counts = plan(self.pruning, start)
+        if counts.pruned(density) is counts:
+            return start, ()
+        batches = self._share(batches)
+        masks, rounds = start, []
+        for goal in self.densities(start.density, density):
+            candidates = start if self.pruning.regrow else masks
+            if not _feasible(plan(self.pruning, candidates), goal, masks, last=goal == density):
+                continue
+            masks = self.select(self.score(model, masks, batches), candidates, goal)
+            rounds.append(Round(goal, masks.density))
+        return masks, tuple(rounds)
+
+    @property
+    def rounds(self) -> int:
+        """Score-and-prune rounds of one pruning: those asked for, or the criterion's own."""
+        return int(self.pruning.rounds or self.traits["rounds"])
+
+    def densities(self, start: float, target: float) -> list[float]:
+        """The densities of the rounds of a pruning from `start` to `target`."""
+        schedule = self.pruning.round_schedule or self.traits["schedule"]
+        return round_densities(schedule, start, target, self.rounds)
 
     def score(self, model: nn.Module, masks: Masks, batches: Batches = ()) -> Scores:
         """The criterion's scores, checked: one tensor per entry of `masks`, of its shape, without NaN."""
-        name, traits = self._criterion.name, self._criterion.traits
-        batches = list(batches) if self.reads_data else ()
-        if self.reads_data and not batches:
-            raise UserError(f"pruning.criterion={name} reads training batches and was given none")
+        name = self.pruning.criterion
+        batches = self._share(batches)
+        options: dict[str, Any] = dict(self.options)
+        if wants_shape(name):
+            options["input_shape"] = self.input_shape
         generator = torch.Generator().manual_seed(derive("criterion", self.seed))
         model = bare(model)
-        with preserved(model, traits["batchnorm"]):
-            scores = self._criterion.value(model, masks, batches, self.loss, generator=generator)
+        with preserved(model, self.traits["batchnorm"]):
+            scores = criterion[name](model, masks, batches, self.loss, generator=generator, **options)
         _check_scores(name, scores, masks)
         return scores
 
     def select(self, scores: Scores, masks: Masks, density: float) -> Masks:
         """Masks of `density` from scores taken before; any number of densities can share one scoring."""
-        counts = self._counts(masks)
-        if counts.pruned(density) is counts:
-            return masks
-        keep = kept_count(density, masks.total)
-        layers = layers_of(scores, masks, self.seed)
-        pools = self._pools(layers, keep, counts.goals)
-        if not covers(pools, layers) or sum(pool.keep for pool in pools) != keep:
-            raise RuntimeError(f"allocation {self.pruning.allocation!r} does not hand out exactly {keep} live weights")
-        chosen: dict[str, torch.Tensor] = {}
-        for pool in pools:
-            chosen.update(top(pool))
-        found = Masks({name: chosen[name] for name in masks})
-        if found.kept != keep:
-            raise RuntimeError(f"{found.kept} weights are kept instead of {keep}")
-        return found
+        section = self.pruning
+        if section.normalize == "lamp":
+            scores = lamp(scores, masks, squared=section.criterion == "magnitude")
+        if section.control == "invert":
+            scores = {name: -score for name, score in scores.items()}
+        return choose(scores, masks, density, section, self.seed)
 
-    def _counts(self, masks: Masks) -> Counts:
-        return Counts.of(masks, self.pruning.layer_densities)
+    def _share(self, batches: Batches) -> Batches:
+        """This rank's batches as something that can be read again; none where the criterion reads none."""
+        if not self.reads_data:
+            return ()
+        # Not by its truth: a rank's share may be empty.
+        shared = batches if isinstance(batches, Sized) else list(batches)
+        if not any(distributed.gather(len(shared))):
+            raise UserError(f"pruning.criterion={self.pruning.criterion} reads training batches and was given none")
+        return shared
 
-    def _pools(self, layers: Sequence[Layer], keep: int, goals: Mapping[str, int]) -> list[Pool]:
-        """The fixed layers' own pools, then the allocation's for the others with what is left."""
-        pools = [Pool((layer,), goals[layer.name]) for layer in layers if layer.name in goals]
-        free = [layer for layer in layers if layer.name not in goals]
-        return pools + list(self._allocate(free, keep - sum(pool.keep for pool in pools)))
+    def _graph(self, model: nn.Module, masks: Masks, density: float | None) -> Pruned:
+        counts = None
+        if self.graph.degree is None:
+            assert density is not None
+            counts = layer_counts(masks, density, self.pruning, self.seed)
+        drawn = graphs.build(model, masks, self.graph, counts, self.seed)
+        requested = drawn.masks.density if density is None else density
+        return Pruned(drawn.masks, (Round(requested, drawn.masks.density),), (drawn.summary(),))
+
+
+def with_start(pruning: Pruning, criterion: str | None, allocation: str | None) -> Pruning:
+    """The section that prunes level 0 of an iterative run (`levels.start`)."""
+    if criterion is None:
+        return pruning if allocation is None else replace(pruning, allocation=allocation)
+    return replace(pruning, criterion=criterion, criterion_options=(), allocation=allocation or pruning.allocation)
 
 
 def cross_entropy(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy of `model` on a batch of (images, labels)."""
     images, labels = batch
     return functional.cross_entropy(model(images), labels)
+
+
+def _feasible(counts: Counts, goal: float, masks: Masks, last: bool) -> bool:
+    """Whether a round to `goal` prunes anything. The last one must; a density on the way may be out of reach.
+
+    Fixed layers go to their density at once, so the others cannot hold what an early round would leave to them.
+    """
+    if math.floor(goal * masks.total + 0.5) >= masks.kept and not last:
+        return False
+    try:
+        return counts.pruned(goal) is not counts
+    except UserError:
+        if last:
+            raise
+        return False
+
+
+def _restrict(path: Path, model: nn.Module, dense: Masks) -> Masks:
+    given = Masks.load(path, model)
+    for name, mask in given.items():
+        if name not in dense and not bool(mask.all()):
+            raise UserError(f"{path}: prunes {name!r}, which pruning.exclude or the pattern leaves whole; change one")
+    return Masks({name: given.get(name, mask) for name, mask in dense.items()})
 
 
 def _check_scores(name: str, scores: Mapping[str, torch.Tensor], masks: Masks) -> None:

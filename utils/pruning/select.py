@@ -5,6 +5,10 @@ infinite and -0.0 equals 0.0. Among weights of equal score those with the smalle
 layer name, flat index in C order), so the order is random but equal on every rank, machine and memory layout; should
 two hashes agree, the earlier layer, then the lower index, stays.
 
+A layer with a floor first keeps that many of its own best; the rest of the pool goes to the best of all that is left.
+The scores kept then add up to the most that the floors allow: whatever meets them can be turned into this choice by
+exchanging a weight for one that scores no less.
+
 The threshold comes from numpy's partition, several times faster than a sort or torch.kthvalue on large CPUs' vectors;
 it is a value of the scores themselves, so the result does not depend on the algorithm that found it.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,7 +32,8 @@ _CHUNK = 1 << 20
 class Layer:
     """One prunable parameter in flat C order: what an allocation and the selection see of it.
 
-    scores: float32 or float64 [size]; live: bool [size], the weights that may be kept; key: starts the tie order.
+    scores: float32 or float64 [size]; live: bool [size], the weights that may be kept; key: starts the tie order;
+    floor: weights that must be kept, at most as many as live; ratio: kept weights in the file of `pruning.from_mask`.
     """
 
     name: str
@@ -36,6 +41,8 @@ class Layer:
     scores: np.ndarray
     live: np.ndarray
     key: int = 0
+    floor: int = 0
+    ratio: int = 0
 
     @property
     def size(self) -> int:
@@ -83,11 +90,13 @@ def layers_of(scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tens
 def top(pool: Pool) -> dict[str, torch.Tensor]:
     """Bool masks, by name in the parameters' shapes, that keep exactly the `pool.keep` best live weights.
 
-    Raises ValueError when the pool has fewer live weights than that.
+    Raises ValueError when the pool has fewer live weights than that, or more in its floors.
     """
-    alive = sum(layer.alive for layer in pool.layers)
-    if not 0 <= pool.keep <= alive:
-        raise ValueError(f"cannot keep {pool.keep} of {alive} live weights")
+    alive, floors = sum(layer.alive for layer in pool.layers), sum(layer.floor for layer in pool.layers)
+    if not floors <= pool.keep <= alive:
+        raise ValueError(f"cannot keep {pool.keep} of {alive} live weights{f' with floors of {floors}' * bool(floors)}")
+    if floors and len(pool.layers) > 1 and pool.keep < alive:
+        return _top_above_floors(pool, pool.keep - floors)
     if pool.keep == alive:
         chosen = [layer.live for layer in pool.layers]
     elif pool.keep == 0:
@@ -98,6 +107,15 @@ def top(pool: Pool) -> dict[str, torch.Tensor]:
         _drop_ties(pool, chosen, threshold)
     masks = zip(pool.layers, chosen, strict=True)
     return {layer.name: torch.from_numpy(mask.reshape(layer.shape)) for layer, mask in masks}
+
+
+def _top_above_floors(pool: Pool, left: int) -> dict[str, torch.Tensor]:
+    """Each layer's `floor` best weights, and the `left` best of all others."""
+    first = {layer.name: top(Pool((replace(layer, floor=0),), layer.floor))[layer.name] for layer in pool.layers}
+    others = tuple(
+        replace(layer, live=layer.live & ~first[layer.name].numpy().reshape(-1), floor=0) for layer in pool.layers
+    )
+    return {name: mask | first[name] for name, mask in top(Pool(others, left)).items()}
 
 
 def _threshold(pool: Pool, alive: int) -> np.floating:
@@ -153,7 +171,10 @@ def priority(key: int, indices: np.ndarray) -> np.ndarray:
 
 
 def covers(pools: Sequence[Pool], layers: Sequence[Layer]) -> bool:
-    """True when every layer is in exactly one pool and no pool asks for more than its layers have."""
+    """True when every layer is in one pool and no pool asks for less than its floors or more than its live weights."""
     named = sorted(layer.name for pool in pools for layer in pool.layers)
-    room = all(0 <= pool.keep <= sum(layer.alive for layer in pool.layers) for pool in pools)
+    room = all(
+        sum(layer.floor for layer in pool.layers) <= pool.keep <= sum(layer.alive for layer in pool.layers)
+        for pool in pools
+    )
     return room and named == sorted(layer.name for layer in layers)

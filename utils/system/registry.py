@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HOMES = {
     "criterion": "utils.pruning.criteria",
     "allocation": "utils.pruning.allocations",
+    "graph": "utils.pruning.graphs",
+    "trigger": "utils.pruning.triggers",
+    "dynamic": "utils.pruning.dynamic",
     "model": "utils.models",
     "dataset": "utils.data.datasets",
     "optimizer": "utils.training.optimizers",

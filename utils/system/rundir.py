@@ -15,8 +15,18 @@ class LevelDir:
 
     @property
     def mask(self) -> Path:
-        """Masks the level trains with (safetensors)."""
+        """Masks of the level's weights: those it trained with, and ended with (safetensors)."""
         return self.path / "mask.safetensors"
+
+    @property
+    def start_mask(self) -> Path:
+        """Masks training began with, where it changes them (safetensors)."""
+        return self.path / "start_mask.safetensors"
+
+    @property
+    def rounds(self) -> Path:
+        """One row per round of the level's pruning: density asked for and reached."""
+        return self.path / "rounds.csv"
 
     @property
     def layers(self) -> Path:

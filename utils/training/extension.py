@@ -16,28 +16,44 @@ class Extension:
     For each optimizer step, whatever the accumulation:
 
     1. `needs_dense_grad(step)` of every extension;
-    2. `before_step(step)`, before the forward pass;
+    2. `before_step(step)`, before the forward pass; masks may change here;
     3. forward, backward and the optimizer's step; pruned weights are 0.0 again;
     4. `after_step(step)`, with the same number.
 
+    Where `replaces_step(step)` is true of an extension, its `update(step)` is called instead of the optimizer's step
+    in 3, and it gets no `after_step` for this step; the others do. Gradients are then those of the whole step: averaged
+    over micro-batches and ranks, without a loss scale, not clipped. If any extension asked for dense gradients they
+    hold those of pruned weights too, and may be infinite or NaN where half precision overflowed. Nothing is stepped:
+    weights outside the change of masks, optimizer state and its counters stay, the learning rate is not used, and the
+    gradients are cleared. Should several extensions replace one step, all updates run. Dense gradients are for updates
+    alone: at a step that nothing replaces they are masked before anything is made of them.
+
     `epoch_end` follows the last step of an epoch, after BatchNorm statistics were averaged over the ranks and before
-    evaluation. `masks_changed` follows every change of masks, once weights and optimizer state are projected. None of
-    them may wait for the device at every step. `state` and `load_state` make a resumed run go on bit for bit: whatever
-    a later call depends on, and that is neither the model's nor a function of the step, belongs there.
+    evaluation; masks may change here. `masks_changed` follows every change of masks (`masking.change_masks`), once
+    weights and optimizer state are projected. None of them may wait for the device at every step. `state` and
+    `load_state` make a resumed run go on bit for bit: whatever a later call depends on, and that is neither the
+    model's nor a function of the step, belongs there.
     """
 
     def needs_dense_grad(self, step: int) -> bool:
         """Whether the gradients of this step must be left unmasked, so that pruned weights show theirs."""
         return False
 
+    def replaces_step(self, step: int) -> bool:
+        """Whether `update` takes the place of the optimizer's step: a pure function of the step."""
+        return False
+
+    def update(self, step: int) -> None:
+        """Called in place of the optimizer's step, after backward; see the contract."""
+
     def before_step(self, step: int) -> None:
         """Called before the forward pass of the step."""
 
     def after_step(self, step: int) -> None:
-        """Called after the optimizer's step."""
+        """Called after the optimizer's step, or after another extension's update in its place."""
 
-    def epoch_end(self, epoch: int) -> dict[str, float]:
-        """Called after the epoch's last step; returns columns for its row (none by default)."""
+    def epoch_end(self, epoch: int) -> dict[str, float | None]:
+        """Called after the epoch's last step; returns columns for its row (none by default); None is an empty cell."""
         return {}
 
     def masks_changed(self, masks: Masks) -> None:

@@ -35,11 +35,12 @@ from utils.training.parallel import warm, wrap
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
-    """One level's training.
+    """One level's training. Extensions may change `epochs` and `lr` while it runs; both are read anew every time.
 
-    epochs      length of the schedule; training ends at its last step
+    epochs      length of the schedule; training ends at its last step. May change up to the end of the last epoch;
+                images that grow with training then follow the new length
     start       optimizer step training begins at (`wr` continues the schedule of the rewind step)
     lr          learning rate at a step
     marks       step -> called once the step's predecessors are done and before the step itself (rewind points)
@@ -110,7 +111,7 @@ class Trainer:
             row |= {"step": step, **measured}
             for extension in extensions:
                 row |= extension.epoch_end(epoch)
-            if (epoch + 1) % self.section.eval_every == 0 or epoch + 1 == stage.epochs:
+            if (epoch + 1) % self.section.eval_every == 0 or epoch + 1 >= stage.epochs:
                 row |= self.evaluate_all(extensions)
             row["seconds"] = time.perf_counter() - begin
             rows.append(row)
@@ -138,28 +139,23 @@ class Trainer:
         count = (self.steps_per_epoch - first) * accumulation
         label = f"level {stage.level} epoch {epoch + 1}/{stage.epochs}"
         batches = self.console.progress(clock.waits(self.loaders.train), count, label)
-        number = -1
+        number, dense = -1, False
         for number, batch in enumerate(batches):
             last = (number + 1) % accumulation == 0
             if number % accumulation == 0:
-                sparsity.dense_gradients(any(e.needs_dense_grad(step) for e in extensions))
-                for extension in extensions:
-                    extension.before_step(step)
+                dense = self._begin_step(step, sparsity, extensions)
             self._backward(
                 batch, totals, derive("mix", self.seed, stage.level, step, number % accumulation, self.world.rank), last
             )
             if last:
-                self._optimizer_step(optimizer, stage.lr(step))
-                for extension in extensions:
-                    extension.after_step(step)
-                optimizer.zero_grad(set_to_none=True)
+                self._end_step(stage, step, dense, optimizer, sparsity, extensions)
                 step += 1
                 if step % self.section.check_every == 0:
-                    self._check_losses(totals, stage, step)
+                    self._check_losses(totals, stage, step, optimizer.param_groups[0]["lr"])
                 self._mark(stage, step)
         if step != (epoch + 1) * self.steps_per_epoch:
             raise RuntimeError(f"the loader ended after {number + 1} of {count} batches")
-        self._check_losses(totals, stage, step)
+        self._check_losses(totals, stage, step, optimizer.param_groups[0]["lr"])
         average_statistics(self.model)
         seconds, waited = clock.stop()
         read = self.task.read(sum_over_ranks(totals))
@@ -182,6 +178,40 @@ class Trainer:
     def _reduction(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         no_sync = getattr(self.wrapped, "no_sync", None)
         return contextlib.nullcontext() if last or no_sync is None else no_sync()
+
+    def _begin_step(self, step: int, sparsity: Sparsity, extensions: Sequence[Extension]) -> bool:
+        """`before_step` of all; returns whether gradients are left dense from here on."""
+        dense = any(e.needs_dense_grad(step) for e in extensions)
+        for extension in extensions:
+            extension.before_step(step)
+        sparsity.dense_gradients(dense)  # last, for a pruning in between switches it too
+        return dense
+
+    def _end_step(
+        self,
+        stage: Stage,
+        step: int,
+        dense: bool,
+        optimizer: torch.optim.Optimizer,
+        sparsity: Sparsity,
+        extensions: Sequence[Extension],
+    ) -> None:
+        """The optimizer's step or the updates in its place, then `after_step`; gradients are cleared."""
+        sparsity.dense_gradients(False)
+        updates = [e for e in extensions if e.replaces_step(step)]
+        if updates:
+            self.scaler.unscale_(optimizer)
+            for extension in updates:
+                extension.update(step)
+            self.scaler.update()
+        else:
+            if dense:
+                sparsity.project()
+            self._optimizer_step(optimizer, stage.lr(step))
+        for extension in extensions:
+            if extension not in updates:
+                extension.after_step(step)
+        optimizer.zero_grad(set_to_none=True)
 
     def _optimizer_step(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
         for group in optimizer.param_groups:
@@ -221,12 +251,12 @@ class Trainer:
         """The model's state with BatchNorm statistics averaged over ranks; the model itself stays as it is."""
         return state_of(self.model) | averaged_statistics(self.model)
 
-    def _check_losses(self, totals: torch.Tensor, stage: Stage, step: int) -> None:
+    def _check_losses(self, totals: torch.Tensor, stage: Stage, step: int, lr: float) -> None:
         # The sum keeps a NaN or an infinity, so a look now and then misses none.
         if not math.isfinite(float(totals[0])):
             raise UserError(
                 f"level {stage.level}, step {step}, rank {self.world.rank}: the loss became {float(totals[0])} at "
-                f"learning rate {stage.lr(step - 1):g}; lower optimizer.lr, add schedule.warmup or training.clip"
+                f"learning rate {lr:g}; lower optimizer.lr, add schedule.warmup or training.clip"
             )
 
     def _mark(self, stage: Stage, step: int) -> None:

@@ -1,0 +1,118 @@
+"""What acts while a level trains: averaging, mask updates, pruning in mid-training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from utils.level_masks import LevelMasks
+from utils.masks import Masks
+from utils.params import Params
+from utils.params.plan import Level
+from utils.pruning import dynamic, triggers
+from utils.pruning.midrun import MidRunPruning
+from utils.training.averaging import ExponentialAverage
+from utils.training.extension import Extension
+from utils.training.schedules import lr_at
+from utils.training.trainer import Stage, Trainer
+
+Rate = Callable[[int], float]
+
+
+@dataclass
+class LevelExtensions:
+    """The extensions of one level, in the order they act in."""
+
+    all: list[Extension] = field(default_factory=list)
+    average: ExponentialAverage | None = None
+    midrun: MidRunPruning | None = None
+
+    @property
+    def pruned_at_step(self) -> int | None:
+        """Optimizer step of a pruning in mid-training; None where none happened."""
+        return self.midrun.pruned_at_step if self.midrun is not None else None
+
+
+def assemble(
+    params: Params, level: Level, stage: Stage, trainer: Trainer, masks_of: LevelMasks, masks: Masks
+) -> LevelExtensions:
+    """The extensions a config asks for. `stage` is the level's training, which an early pruning may prolong.
+
+    masks: those training begins with, already attached, with the weights of that moment in the model.
+    """
+    found = LevelExtensions()
+    if params.training.ema is not None:
+        found.average = ExponentialAverage(trainer.model, params.training.ema)
+        found.average.masks_changed(masks)
+        found.all.append(found.average)
+    if params.dynamic.method is not None:
+        found.all.append(_dynamic(params, level, trainer, masks_of, found.all))
+    if params.pruning.moment in ("step", "early"):
+        found.midrun = _midrun(params, level, stage, trainer, masks_of, found.all)
+        found.all.append(found.midrun)
+    return found
+
+
+def _dynamic(
+    params: Params, level: Level, trainer: Trainer, masks_of: LevelMasks, extensions: list[Extension]
+) -> Extension:
+    return dynamic.build(
+        params.dynamic,
+        total_steps=level.epochs * trainer.steps_per_epoch,
+        steps_per_epoch=trainer.steps_per_epoch,
+        model=trainer.model,
+        sparsity=masks_of.sparsity,
+        extensions=extensions,
+        seed=params.run.seed,
+        level=level.number,
+        density=level.density,
+        prune=lambda density, live: masks_of.prune(live, density).masks,
+    )
+
+
+def _midrun(
+    params: Params,
+    level: Level,
+    stage: Stage,
+    trainer: Trainer,
+    masks_of: LevelMasks,
+    extensions: list[Extension],
+) -> MidRunPruning:
+    per_epoch, early = trainer.steps_per_epoch, params.early
+    on_pruned: Callable[[int], None] = lambda step: None  # noqa: E731
+    if params.pruning.moment == "step":
+        assert params.pruning.step is not None
+        at, trigger = params.pruning.step.at(per_epoch), None
+    else:
+        at = early.latest.at(per_epoch) if early.latest is not None else level.epochs * per_epoch
+        trigger = triggers.build(early, model=trainer.model, density=level.density)
+        if early.length == "published":
+            on_pruned = _prolong(params, stage, level.epochs, per_epoch)
+
+    def prune() -> Masks:
+        masks = masks_of.prune(masks_of.sparsity.masks, level.density).masks
+        masks_of.check_connected(masks)
+        return masks
+
+    return MidRunPruning(
+        trainer.model,
+        masks_of.sparsity,
+        extensions,
+        prune,
+        steps_per_epoch=per_epoch,
+        at=at,
+        trigger=trigger,
+        on_pruned=on_pruned,
+    )
+
+
+def _prolong(params: Params, stage: Stage, epochs: int, per_epoch: int) -> Callable[[int], None]:
+    """As published: after the pruning come `epochs` more, with a schedule of their own."""
+
+    def on_pruned(step: int) -> None:
+        done = -(-step // per_epoch)
+        stage.epochs = done + epochs
+        total = stage.epochs * per_epoch - step
+        stage.lr = lambda now: lr_at(now - step, params.schedule, params.optimizer.lr, total, per_epoch)
+
+    return on_pruned

@@ -1,0 +1,225 @@
+"""What gradient criteria share: evaluating inside the masks, and gradients summed over micro-batches and ranks.
+
+A rank sees its share of the scoring micro-batches, maybe none. Means are over all samples of all ranks; sums are taken
+in float64 and rounded once, so that they hardly depend on how the samples are split over batches and ranks. Every rank
+makes the same collective calls, whatever its share.
+
+Copies of float32 weights at the peak, beside activations, the weights and their pruned values aside among them:
+4 - density and about a layer for a first-order mean (its float64 sums are two); three more for a Hessian product, for
+its vector, the gradients of one micro-batch and products that are not complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from utils.masks import Masks
+from utils.pruning.criteria import Batches, Loss
+from utils.system.distributed import sum_over_ranks
+
+
+def weights(model: nn.Module, masks: Masks) -> dict[str, nn.Parameter]:
+    """The parameters of `model` that `masks` cover, by name, in the order of `masks`."""
+    named = dict(model.named_parameters())
+    return {name: named[name] for name in masks}
+
+
+@contextlib.contextmanager
+def inside(model: nn.Module, masks: Masks) -> Iterator[None]:
+    """Pruned weights are 0.0 in place within it and bitwise back afterwards; only their values are kept aside."""
+    aside: dict[str, Tensor] = {}
+    try:
+        for name, weight in weights(model, masks).items():
+            if masks.counts[name] < weight.numel():
+                aside[name] = _take(weight.detach(), ~masks[name].to(weight.device))
+        yield
+    finally:
+        for name, weight in weights(model, masks).items():
+            if name in aside:
+                weight.detach().masked_scatter_(~masks[name].to(weight.device), aside.pop(name))
+
+
+def _take(weight: Tensor, pruned: Tensor) -> Tensor:
+    """The values of `weight` at `pruned`, which are filled with 0.0."""
+    values = weight.masked_select(pruned)
+    weight.masked_fill_(pruned, 0.0)
+    return values
+
+
+@contextlib.contextmanager
+def only(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Within it just the parameters called `names` require gradients."""
+    wanted = set(names)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def math_attention() -> Iterator[None]:
+    """Within it what has no double backward is computed by operations that have one.
+
+    Attention: plain matrix products instead of fused kernels. Hard sigmoid: relu6(x + 3) / 6.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _PlainHardSigmoid():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _PlainHardSigmoid(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.hardsigmoid:
+            return _hard_sigmoid(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    value = functional.relu6(input + 3.0) / 6.0
+    return input.copy_(value) if inplace else value
+
+
+def reduced(tensors: Mapping[str, Tensor]) -> None:
+    """Sum every tensor in place over the ranks, in the mapping's order, which must be the same on all."""
+    for tensor in tensors.values():
+        sum_over_ranks(tensor)
+
+
+class Sums:
+    """float64 sums over samples, one tensor per weight, and how many samples they hold."""
+
+    def __init__(self, found: Mapping[str, nn.Parameter]) -> None:
+        self._weights = found
+        # Contiguous whatever the weight's strides: collectives need the same dense layout on every rank.
+        self._sums = {
+            n: torch.zeros_like(w, dtype=torch.float64, memory_format=torch.contiguous_format, requires_grad=False)
+            for n, w in found.items()
+        }
+        self._samples = 0
+
+    @contextlib.contextmanager
+    def collecting(self, samples: int, square: bool = False) -> Iterator[None]:
+        """Take `samples` times the gradients (or their squares) of one backward pass; nothing is left in `.grad`.
+
+        A weight's gradient is added when it is complete and freed at once, so that one layer's is alive at a time.
+        """
+        aside = [(weight, weight.grad) for weight in self._weights.values()]
+        handles = []
+        for name, weight in self._weights.items():
+            weight.grad = None
+            # Taken before it is accumulated: hooks that mask what accumulates must not hide pruned places.
+            handles.append(weight.register_hook(self._adder(name, samples, square)))
+            handles.append(weight.register_post_accumulate_grad_hook(_free))
+        try:
+            yield
+            self._samples += samples
+        finally:
+            for handle in handles:
+                handle.remove()
+            for weight, grad in aside:
+                weight.grad = grad
+
+    def _adder(self, name: str, samples: int, square: bool) -> Callable[[Tensor], None]:
+        total = self._sums[name]
+
+        def add(grad: Tensor) -> None:
+            grad = grad.detach()
+            if square:
+                total.addcmul_(grad, grad, value=samples)  # squared in float64, as the result's precision asks
+            else:
+                total.add_(grad, alpha=samples)
+
+        return add
+
+    def means(self, rounded: bool = True) -> dict[str, Tensor]:
+        """Means over all samples of all ranks, in the precision of scores or else in float64. Ends these sums.
+
+        Raises ValueError when no rank added anything.
+        """
+        if not self._sums:
+            return {}
+        samples = torch.full((1,), self._samples, dtype=torch.float64, device=next(iter(self._sums.values())).device)
+        reduced({**self._sums, "": samples})
+        if not samples.item():
+            raise ValueError("there are no scoring batches")
+        for total in self._sums.values():
+            total.div_(samples)
+        return {n: self._sums.pop(n).to(precision(w) if rounded else torch.float64) for n, w in self._weights.items()}
+
+
+def precision(weight: Tensor) -> torch.dtype:
+    """What the weight's scores are computed in: float64 for float64 weights, else float32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def mean_gradients(model: nn.Module, masks: Masks, batches: Batches, loss: Loss) -> dict[str, Tensor]:
+    """Gradient of the mean loss over all samples of all ranks at the current weights; 0 where nothing depends on one.
+
+    batches: this rank's share. Raises ValueError when no rank has a batch.
+    """
+    sums = Sums(weights(model, masks))
+    with only(model, masks):
+        for batch in batches:
+            value = loss(model, batch)
+            with sums.collecting(len(batch[0])):
+                if value.requires_grad:
+                    value.backward()
+    return sums.means()
+
+
+@torch.no_grad()
+def times_weights(model: nn.Module, masks: Masks, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` multiplied in place by the weights as they are now; outside `inside` these are the unmasked ones."""
+    for name, weight in weights(model, masks).items():
+        tensors[name].mul_(weight)
+    return tensors
+
+
+def hessian_products(
+    model: nn.Module, masks: Masks, batches: Batches, loss: Loss, vectors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Hessian of the mean loss times `vectors`, both over the prunable weights alone, at the current weights.
+
+    Taken micro-batch by micro-batch as the gradient of <vector, grad L_b>, whose graph is freed before the next.
+    batches: this rank's share. Raises ValueError when no rank has a batch.
+    """
+    found = weights(model, masks)
+    sums = Sums(found)
+    with only(model, masks), math_attention():
+        for batch in batches:
+            value = loss(model, batch)
+            grads = _gradient_graph(value, found)
+            with sums.collecting(len(batch[0])):
+                if grads:
+                    # The vectors go in as outer gradients: no product as large as the weights is formed.
+                    torch.autograd.backward(list(grads.values()), [vectors[name].to(g) for name, g in grads.items()])
+            del value, grads
+    return sums.means()
+
+
+def _gradient_graph(value: Tensor, found: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Gradients of `value` that depend on the weights themselves, with graph."""
+    if not value.requires_grad or not found:
+        return {}
+    grads = torch.autograd.grad(value, list(found.values()), create_graph=True, allow_unused=True)
+    return {name: grad for name, grad in zip(found, grads, strict=True) if grad is not None and grad.requires_grad}
+
+
+def _free(weight: Tensor) -> None:
+    weight.grad = None
