@@ -1,9 +1,10 @@
 """`python -m benchmarks.collapse`: which layers pruning at initialisation empties, and whether a path is left.
 
 Prunes freshly initialised networks by several methods to several densities and writes, for each, the layers without a
-weight, the effective density (kept weights on a path from input to output) and whether any path is left, as collapse.csv
-(names of the empty layers in full) and collapse.md under --out. SNIP scores --images standard normal images with
-classes in turn, so no data set is needed: what it shows holds for such images. SynFlow takes its 100 rounds.
+weight, the effective density (kept weights on a path from input to output) and whether any path is left, as
+collapse.csv (names of the empty layers in full) and collapse.md under --out. SNIP scores --images standard normal
+images with classes in turn, so no data set is needed: what it shows holds for such images. SynFlow takes its 100
+rounds.
 
 What collapse.csv holds already is not measured again, so the command can be stopped and given again; delete the file to
 start anew. One thread is used unless OMP_NUM_THREADS says otherwise.
@@ -16,9 +17,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +37,6 @@ from utils.system import atomic
 
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 SEED = 0
-KEY = ["network", "method", "density"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def masks_of(
         yield density, harness.select(scores, start, density)
 
 
-def measure(model: nn.Module, network: Network, masks: Masks) -> dict[str, object]:
+def measure(model: nn.Module, network: Network, masks: Masks) -> dict[Hashable, object]:
     """What a mask leaves of the network."""
     found = paths.effective(model, masks, (3, network.side, network.side))
     return {
@@ -115,13 +116,13 @@ def table(frame: pd.DataFrame, command: str) -> str:
         "|---|---|" + "---|" * len(densities),
     ]
     for (network, method), rows in frame.groupby(["network", "method"], sort=False):
-        cells = {row["density"]: _cell(row) for _, row in rows.iterrows()}
+        cells = {row["density"]: _cell(row) for row in rows.to_dict("records")}
         lines.append(f"| {network} | {method} | " + " | ".join(cells.get(d, "") for d in densities) + " |")
     legend = "Empty layers, effective density in brackets; **cut**: no path is left from input to output."
     return f"{command}\n\n{legend}\n\n" + "\n".join(lines) + "\n"
 
 
-def _cell(row: pd.Series) -> str:
+def _cell(row: Mapping[Hashable, object]) -> str:
     return f"{row['empty_layers']} ({row['effective_density']:.2g})" + ("" if row["connected"] else " **cut**")
 
 
@@ -138,24 +139,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     csv, text = args.out / "collapse.csv", args.out / "collapse.md"
     args.out.mkdir(parents=True, exist_ok=True)
-    frame = pd.read_csv(csv, keep_default_na=False) if csv.is_file() else pd.DataFrame(columns=KEY)
+    rows = pd.read_csv(csv, keep_default_na=False).to_dict("records") if csv.is_file() else []
     for name in args.networks:
         network = NETWORKS[name]
         model = models.build(name, network.classes, image_size=network.side, seed=SEED)
         for method in args.methods:
-            known = frame.loc[(frame["network"] == name) & (frame["method"] == method), "density"].tolist()
+            known = [row["density"] for row in rows if (row["network"], row["method"]) == (name, method)]
             missing = [density for density in args.densities if density not in known]
             begun = time.monotonic()
             for density, masks in masks_of(model, network, method, missing, args.images):
-                row = {"network": name, "method": method, "density": density} | measure(model, network, masks)
-                frame = pd.concat([frame, pd.DataFrame([row])], ignore_index=True)
-                atomic.write_text(csv, frame.to_csv(index=False, lineterminator="\n"))
+                row: dict[Hashable, object] = {"network": name, "method": method, "density": density}
+                row |= measure(model, network, masks)
+                rows.append(row)
+                atomic.write_text(csv, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
                 seconds, begun = time.monotonic() - begun, time.monotonic()
-                print(
-                    f"{name}  {method}  {density:g}  {_cell(pd.Series(row))}  {row['empty']}  {seconds:.0f} s",
-                    flush=True,
-                )
-    shown = table(frame, f"`{' '.join(['python -m benchmarks.collapse', *words])}`")
+                told = (name, method, f"{density:g}", _cell(row), row["empty"], f"{seconds:.0f} s")
+                print("  ".join(map(str, told)), flush=True)
+    shown = table(pd.DataFrame(rows), f"`{shlex.join(['python', '-m', 'benchmarks.collapse', *words])}`")
     atomic.write_text(text, shown)
     print(f"\n{shown}\nwrote {csv} and {text}")
     return 0

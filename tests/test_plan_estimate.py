@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from harness_params import load
 from utils import levels
 from utils.estimate import describe
 from utils.params import Params
@@ -15,6 +17,7 @@ from utils.system.console import Console
 from utils.system.distributed import World
 from utils.system.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 BASE = {
     "data.name": "digits",
     "data.loader": "device",
@@ -24,6 +27,11 @@ BASE = {
     "training.epochs": 3,
     "levels.densities": [0.5, 0.2],
 }
+
+
+STEP = {"pruning__moment": "step"}
+EARLY = {"pruning__moment": "early"}
+NO_NORM = {"model__name": "torchvision/squeezenet1_1", "data__image_size": 64}
 
 
 def config(tmp_path: Path, **keys: object) -> Params:
@@ -65,6 +73,26 @@ def test_data_that_is_not_there_leaves_steps_open(tmp_path: Path) -> None:
         ({"levels__rewind": "none", "levels__epochs": [0, 2, 2]}, r"levels\.finetune_lr: level 0 trains 0 epochs"),
         ({"model__name": "timm/vit_tiny_patch16_224", "data__eval_size": 48}, r"data\.eval_size: timm/vit_tiny"),
         ({"model__name": "cifar/vgg11_bn", "data__image_size": 16}, r"data\.image_size: cifar/vgg11_bn"),
+        ({**STEP, "pruning__step": "60it"}, r"pruning\.step=60it: training has only 60 steps"),
+        ({**EARLY, "early__latest": "61it"}, r"early\.latest=61it: training has only 60 steps"),
+        (
+            {**EARLY, "early__trigger": "early_bird", **NO_NORM},
+            r"early\.trigger=early_bird: the model has no BatchNorm",
+        ),
+        ({"dynamic__method": "rigl"}, r"dynamic\.every=100: leaves no update .* of 60 steps"),
+        ({"dynamic__method": "set", "dynamic__every": 45}, r"dynamic\.every=45: leaves no update"),
+        (
+            {"dynamic__method": "set", "dynamic__every": 5, "levels__rewind": "wr", "levels__rewind_step": "41it"},
+            r"levels\.rewind_step=41it: levels continue after the last update of dynamic\.method=set at step 40",
+        ),
+        ({"pruning__pattern": "2:4"}, r"pruning\.pattern=2:4"),
+        ({"pruning__pattern": "2:4", "pruning__allocation": "erk"}, r"pruning\.allocation=erk"),
+        ({"pruning__criterion_options": ["nothing=1"]}, r"pruning\.criterion_options"),
+        ({"pruning__normalize": "lamp", "pruning__criterion": "grasp"}, r"pruning\.normalize=lamp"),
+        (
+            {"pruning__normalize": "lamp", "levels__start": 0.8, "levels__start_criterion": "grasp"},
+            r"pruning\.normalize=lamp",
+        ),
     ],
 )
 def test_the_plan_refuses_what_the_run_refuses(tmp_path: Path, keys: dict, message: str) -> None:
@@ -81,3 +109,49 @@ def test_the_plan_refuses_what_the_run_refuses(tmp_path: Path, keys: dict, messa
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"training\.batch_size"):
         describe(config(tmp_path), World(size=3, local_size=3))
+
+
+@pytest.mark.parametrize(
+    ("keys", "ends"),
+    [
+        ({**STEP, "pruning__step": "59it"}, ["initial weights at density 1, pruned while training"] * 2),
+        (EARLY, ["initial weights at density 1, pruned while training"] * 2),
+        (
+            {"pruning__moment": "init", "dynamic__method": "gmp", "dynamic__every": 5, "dynamic__initial_density": 0.8},
+            ["initial weights at density 0.8, pruned while training"] * 2,
+        ),
+        ({"pruning__moment": "init", "dynamic__method": "set", "dynamic__every": 44}, ["initial weights"] * 2),
+        # The first step may itself be an update.
+        (
+            {"dynamic__method": "set", "dynamic__start": "44it"},
+            ["initial weights", "level 0, rewind lrr", "level 1, rewind lrr"],
+        ),
+        ({"levels__start": 0.5}, ["initial weights", "level 0, rewind lrr"]),
+    ],
+)
+def test_what_a_level_starts_from(tmp_path: Path, keys: dict, ends: list[str]) -> None:
+    lines = describe(config(tmp_path, **keys), World()).splitlines()
+    heading = next(line for line in lines if line.endswith("starts from"))
+    column = heading.index("starts from")
+    assert [line[column:] for line in lines if line.strip()[:1].isdigit()] == ends
+
+
+OVERLAYS = sorted(
+    path for folder in ("pruning", "dynamic", "early") for path in (ROOT / "configs" / folder).glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=[path.stem for path in OVERLAYS])
+def test_every_method_has_a_plan_before_its_data_is_there(
+    overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of the overlay's comment with --run.plan=true, in this process."""
+    monkeypatch.chdir(ROOT)
+    name = overlay.relative_to(ROOT).as_posix()
+    comment = overlay.read_text(encoding="utf-8").replace("\\\n#", "")
+    shown = next(line for line in comment.splitlines() if "harness.py" in line and name in line)
+    roots = [f"--data.root={tmp_path / 'data'}", f"--run.root={tmp_path / 'runs'}", "--run.plan=true"]
+    text = describe(load([*shlex.split(shown.partition("harness.py")[2]), *roots]), World())
+    assert "starts from" in text
+    assert "unknown until the data set is in" in text
+    assert list(tmp_path.iterdir()) == []

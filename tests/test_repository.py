@@ -224,7 +224,7 @@ def requirements(name: str) -> dict[str, Requirement]:
 
 
 def third_party(paths: list[Path]) -> set[str]:
-    own = {"utils", "tests", "harness", "harness_params", "harness_utils", "__future__", ""}
+    own = {"utils", "tests", "benchmarks", "harness", "harness_params", "harness_utils", "__future__", ""}
     modules = {name.partition(".")[0] for path in paths for name in imports(path)}
     return {DISTRIBUTIONS.get(module, module) for module in modules - own - set(sys.stdlib_module_names)}
 

@@ -62,7 +62,8 @@ def _check(params: Params, plan: list[Level], network: nn.Module) -> Masks:
     harness = pruning.PruningHarness(params.pruning, params.graph, seed=params.run.seed)
     section = with_start(params.pruning, params.levels.start_criterion, params.levels.start_allocation)
     start = harness.start(network)
-    check_pruning(harness, params, plan, start, pruning.PruningHarness(section, params.graph, seed=params.run.seed))
+    starter = pruning.PruningHarness(section, params.graph, seed=params.run.seed)
+    check_pruning(harness, params, plan, network, start, starter)
     return start
 
 

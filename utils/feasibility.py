@@ -8,8 +8,10 @@ from utils import models, pruning
 from utils.data.spec import DataSpec
 from utils.masks import Masks
 from utils.params import Params
-from utils.params.plan import Level
-from utils.rewinding import check_rewind
+from utils.params.plan import Level, start_counts
+from utils.pruning import triggers
+from utils.pruning.dynamic import UpdateSteps
+from utils.rewinding import check_rewind, rewinds_to_step
 from utils.system.errors import UserError
 from utils.training.schedules import lr_at
 
@@ -33,14 +35,27 @@ def build_model(params: Params, spec: DataSpec, pretrained: str, seed: int | Non
 
 
 def check_pruning(
-    harness: pruning.PruningHarness, params: Params, plan: list[Level], start: Masks, starter: pruning.PruningHarness
+    harness: pruning.PruningHarness,
+    params: Params,
+    plan: list[Level],
+    model: torch.nn.Module,
+    start: Masks,
+    starter: pruning.PruningHarness,
 ) -> None:
-    """Raise UserError for densities of the plan that no pruning can reach.
+    """Raise UserError for densities of the plan that no pruning can reach, and for a trigger that cannot watch `model`.
 
     start: the masks the run begins with; starter: prunes level 0 where `levels.start` asks for it.
     """
+    if params.pruning.mask_file is not None and (start.kept, start.total) != start_counts(params):
+        kept, total = start_counts(params)
+        raise UserError(
+            f"pruning.mask_file: {params.pruning.mask_file} keeps {kept:,} of {total:,} weights, which are "
+            f"{start.kept:,} of {start.total:,} under pruning.exclude and pruning.pattern; set both as for the file"
+        )
     if params.graph.degree is not None:
         return
+    if params.pruning.moment == "early":
+        triggers.build(params.early, model=model, density=plan[0].density)
     densities = [level.density for level in plan if level.density < start.density]
     if params.levels.start is not None:
         starter.check(start, densities[:1], iterative=False)
@@ -70,8 +85,18 @@ def _check_within(params: Params, plan: list[Level], steps_per_epoch: int) -> No
     if params.pruning.moment == "early" and latest is not None and latest.at(steps_per_epoch) > total:
         raise UserError(f"early.latest={latest}: training has only {total} steps; choose an earlier step")
     dynamic = params.dynamic
-    if dynamic.method is not None and dynamic.start.at(steps_per_epoch) + dynamic.every >= int(dynamic.until * total):
+    if dynamic.method is None:
+        return
+    last = UpdateSteps.of(dynamic, total, steps_per_epoch).last
+    if last is None:
         raise UserError(
             f"dynamic.every={dynamic.every}: leaves no update from dynamic.start={dynamic.start} to "
             f"dynamic.until={dynamic.until:g} of {total} steps; lower it or train longer"
+        )
+    rewind = params.levels.rewind_step
+    continues = rewinds_to_step(params) and params.levels.rewind_schedule == "continue" and len(plan) > 1
+    if continues and rewind is not None and last < rewind.at(steps_per_epoch):
+        raise UserError(
+            f"levels.rewind_step={rewind}: levels continue after the last update of dynamic.method={dynamic.method} "
+            f"at step {last}; choose an earlier step or raise dynamic.until"
         )

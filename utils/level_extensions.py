@@ -56,6 +56,9 @@ def assemble(
 def _dynamic(
     params: Params, level: Level, trainer: Trainer, masks_of: LevelMasks, extensions: list[Extension]
 ) -> Extension:
+    def prune(density: float, live: Masks) -> Masks:
+        return masks_of.prune_connected(live, density)
+
     return dynamic.build(
         params.dynamic,
         total_steps=level.epochs * trainer.steps_per_epoch,
@@ -66,7 +69,7 @@ def _dynamic(
         seed=params.run.seed,
         level=level.number,
         density=level.density,
-        prune=lambda density, live: masks_of.prune(live, density).masks,
+        prune=prune,
     )
 
 
@@ -90,9 +93,7 @@ def _midrun(
             on_pruned = _prolong(params, stage, level.epochs, per_epoch)
 
     def prune() -> Masks:
-        masks = masks_of.prune(masks_of.sparsity.masks, level.density).masks
-        masks_of.check_connected(masks)
-        return masks
+        return masks_of.prune_connected(masks_of.sparsity.masks, level.density)
 
     return MidRunPruning(
         trainer.model,

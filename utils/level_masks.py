@@ -17,6 +17,8 @@ from utils.params.plan import Level
 from utils.pruning import paths
 from utils.pruning.harness import Pruned, with_start
 from utils.pruning.report import write_layers_csv, write_rounds_csv
+from utils.pruning.rounds import Round
+from utils.pruning.select import kept_count
 from utils.system import distributed
 from utils.system.console import Console
 from utils.system.distributed import World
@@ -64,6 +66,8 @@ class LevelMasks:
         self.sparsity = sparsity.attach(model, None, _whole(self.start))
         self.rounds: int | None = None
         """Score-and-prune rounds of the pruning made last; None where nothing was scored."""
+        self._history: tuple[Round, ...] = ()
+        self._told: list[str] = []
         self._effective: tuple[str, paths.Effective] | None = None
 
     def begin(self, level: Level, place: LevelDir, source: Weights) -> Masks:
@@ -97,7 +101,7 @@ class LevelMasks:
         harness = self.starter if level.number == 0 and self.params.levels.start is not None else self.harness
         if self.params.graph.degree is not None:
             return harness.prune(self.model, live, None)
-        if live.density <= level.begins and self.params.graph.kind is None:
+        if live.kept <= kept_count(level.begins, live.total) and self.params.graph.kind is None:
             return Pruned(live, ())
         return self.prune(live, level.begins, harness)
 
@@ -118,8 +122,18 @@ class LevelMasks:
             pruned = harness.prune(self.model, live, density, batches)
         finally:
             self.sparsity.dense_gradients(False)
-        self.rounds = len(pruned.rounds)
+        self.rounds, self._history = len(pruned.rounds), pruned.rounds
         return pruned
+
+    def prune_connected(self, live: Masks, density: float) -> Masks:
+        """The masks of a pruning in mid-training. Raises UserError as `check_connected` does."""
+        masks = self.prune(live, density).masks
+        self.check_connected(masks)
+        return masks
+
+    def write_rounds(self, place: LevelDir) -> None:
+        """Write rounds.csv of the pruning made last."""
+        write_rounds_csv(place.rounds, self._history)
 
     def _save(self, place: LevelDir, path: Path, pruned: Pruned, source: str) -> None:
         # The mask file last: its presence says that the stage is done.
@@ -142,9 +156,10 @@ class LevelMasks:
         """Raise UserError when no path leads through the network, unless that is allowed; tell of dead layers."""
         found = self.effective(masks)
         dead = [name for name, count in masks.counts.items() if not count and masks[name].numel()]
-        if dead:
+        if dead and dead != self._told:
             more = f" and {len(dead) - 1} more" if len(dead) > 1 else ""
             self.console.line(f"layers without a weight: {dead[0]}{more}")
+        self._told = dead
         if not self.params.pruning.allow_disconnected:
             paths.check_connected(found, masks)
 

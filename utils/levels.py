@@ -22,7 +22,7 @@ from utils.level_masks import LevelMasks, changes_masks, source_of
 from utils.masks import Masks
 from utils.params import Params
 from utils.params.checks import check_ranks
-from utils.params.plan import Level, level_plan
+from utils.params.plan import SINGLE, Level, level_plan
 from utils.pruning.controls import fresh_seed
 from utils.record import EpochsCsv, Outcome, Record, run_dir
 from utils.rewinding import Rewinding
@@ -81,7 +81,7 @@ class Driver:
             self.sparsity = self.masks.sparsity
             self.rewinding = Rewinding(params, self.trainer, run_dir(params))
             check_steps(params, self.plan, self.trainer.steps_per_epoch)
-            check_pruning(self.masks.harness, params, self.plan, self.masks.start, self.masks.starter)
+            check_pruning(self.masks.harness, params, self.plan, self.model, self.masks.start, self.masks.starter)
             self.record = Record(params, self.loaders, self.trainer.dtype, world, device)
         except BaseException:
             self.loaders.close()
@@ -147,7 +147,10 @@ class Driver:
         self.console.restart_table()
         pruned = self._pruned_accuracy(level, source, masks)
         optimizer = build_optimizer(self.model, self.params.optimizer, self.device)
-        start = self.rewinding.restore(level, self.first, source, optimizer)
+        # The control trains other weights in the masks found; the dense level that finds them begins as without it.
+        finds = level.source is None and self.params.pruning.moment not in SINGLE
+        first = self.initial if finds else self.first
+        start = self.rewinding.restore(level, first, source, optimizer)
         self.sparsity.watch(optimizer)
         self.sparsity.set(masks)
         self._agree(f"level {level.number} start")
@@ -222,6 +225,8 @@ class Driver:
         if changes_masks(self.params):
             masks = self.sparsity.masks
             self.masks.write_layers(place, masks)
+            if extensions.pruned_at_step is not None:
+                self.masks.write_rounds(place)
             masks.save(place.mask, source=source_of(place.start_mask) or "")
         row["seconds"] = time.perf_counter() - begin
         write_json(place.row, row)

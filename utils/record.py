@@ -22,7 +22,7 @@ from utils.models.pretrained import local_file
 from utils.params import Params
 from utils.params.identity import run_id
 from utils.params.parsing import dump
-from utils.params.plan import Level, start_density
+from utils.params.plan import SINGLE, Level, prunes_start
 from utils.system import environment
 from utils.system.atomic import sha256, write_json, write_text
 from utils.system.cpus import allowed_cpus
@@ -240,8 +240,11 @@ def _method(params: Params, level: Level, masks: Masks) -> Row:
     criterion, allocation = section.criterion, section.allocation
     if level.number == 0 and params.levels.start is not None:
         criterion, allocation = params.levels.start_criterion or criterion, params.levels.start_allocation or allocation
-    elif section.mask_file is not None and level.density == start_density(params):
+    elif section.mask_file is not None and not prunes_start(params, level.density):
         criterion = allocation = f"file {Path(section.mask_file).name}"
+        control = control if control == "reinitialise" else None
+    if control == "reinitialise" and level.source is None and section.moment not in SINGLE:
+        control = None
     return {"criterion": criterion, "allocation": allocation, "pattern": section.pattern, "control": control}
 
 

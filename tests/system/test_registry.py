@@ -12,13 +12,16 @@ from utils.data.datasets import dataset
 from utils.models import model
 from utils.pruning.allocations import allocation
 from utils.pruning.criteria import criterion
+from utils.pruning.dynamic import dynamic
+from utils.pruning.graphs import graph
+from utils.pruning.triggers import trigger
 from utils.system.errors import UserError
 from utils.system.registry import HOMES, Registry, declared, nearest
 from utils.training.optimizers import optimizer
 from utils.training.schedules import schedule
 
 ROOT = Path(__file__).resolve().parents[2]
-REGISTRIES = {r.kind: r for r in (dataset, model, allocation, criterion, optimizer, schedule)}
+REGISTRIES = {r.kind: r for r in (dataset, model, allocation, criterion, graph, trigger, dynamic, optimizer, schedule)}
 
 
 @pytest.mark.parametrize("kind", HOMES)

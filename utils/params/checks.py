@@ -97,6 +97,7 @@ def _problems(params: Params, plan: bool) -> Iterator[str]:
         yield from _ignored(params, _PLAN_IGNORED)
         yield from _plan(params)
         yield from _rewind(params)
+        yield from method_checks.plan_problems(params, level_plan(params))
         yield from _warmup(params)
 
 

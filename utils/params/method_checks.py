@@ -9,12 +9,20 @@ from utils.params import Dynamic, Early, Params
 from utils.params.catalog import keys
 from utils.params.parsing import show
 from utils.params.pattern import check_text
-from utils.params.plan import SINGLE
+from utils.params.plan import SINGLE, Level, prunes_start
+from utils.system.errors import UserError
 
 Ignored = tuple[tuple[str, str, tuple[object, ...], str], ...]
 
 _LAYERWISE = ("uniform", "erk", "er", "balanced", "from_mask")
-_DATA_FREE = ("magnitude", "random", "synflow", "ntk_sap")
+DATA_FREE = ("magnitude", "random", "synflow", "ntk_sap")
+"""Criteria that read no data."""
+
+ONE_ROUND = ("magnitude", "random", "snip", "grasp", "crop", "fisher", "prospr", "taylor")
+"""Criteria that prune in one round unless pruning.rounds says otherwise."""
+
+ONE_SCORING = ("magnitude", "random")
+"""Criteria that score a weight alike whatever else is pruned, so that rounds change nothing."""
 
 
 def _of(section: type, head: str, names: tuple[str, ...] = ()) -> list[str]:
@@ -22,9 +30,6 @@ def _of(section: type, head: str, names: tuple[str, ...] = ()) -> list[str]:
 
 
 IGNORED: Ignored = (
-    ("pruning.samples_per_class", "pruning.criterion", _DATA_FREE, "a criterion that reads data"),
-    ("pruning.batches", "pruning.criterion", _DATA_FREE, "a criterion that reads data"),
-    ("pruning.batch_size", "pruning.criterion", _DATA_FREE, "a criterion that reads data"),
     ("pruning.normalize", "pruning.allocation", _LAYERWISE, "global"),
     ("pruning.group_score", "pruning.pattern", ("weight",), "block=HxW, kernel or channel"),
     ("pruning.round_schedule", "pruning.rounds", (1,), "2 or more"),
@@ -77,17 +82,79 @@ def problems(params: Params, plan: bool) -> Iterator[str]:
     """One line per contradiction. `plan=False` leaves out what only a run can contradict."""
     yield from _pruning(params)
     yield from _graph(params)
+    yield from _scoring(params, plan)
     if plan:
         yield from _moments(params)
         yield from _dynamic(params)
+
+
+def plan_problems(params: Params, plan: list[Level]) -> Iterator[str]:
+    """The same for contradictions with the levels of `plan`."""
+    section, method = params.pruning, params.dynamic.method
+    idle = min(plan, key=lambda level: level.epochs)
+    if section.moment == "early" and not idle.epochs:
+        yield f"pruning.moment=early: level {idle.number} trains 0 epochs, and an epoch must end; set training.epochs"
+    if section.moment in ("step", "early") and not any(prunes_start(params, level.density) for level in plan):
+        yield f"{given('pruning.moment', params)}: prunes nothing at density {plan[0].density:g}; lower pruning.density"
+    if section.mask_file is not None and section.moment == "init" and not params.levels.densities:
+        yield from _mask_alone(params)
+    if method in ("set", "rigl") and params.graph.degree is None and all(level.density >= 1.0 for level in plan):
+        yield f"dynamic.method={method}: no level is sparse, so nothing moves; lower pruning.density"
+    if method == "gmp":
+        for level in plan:
+            if level.density >= level.begins:
+                yield (
+                    f"dynamic.method=gmp: density {level.density:g} is not below {level.begins:g}, which training "
+                    "begins with; lower pruning.density or raise dynamic.initial_density"
+                )
+
+
+def _mask_alone(params: Params) -> Iterator[str]:
+    """A mask file that is trained as it is leaves nothing to score."""
+    section = params.pruning
+    if params.dynamic.method == "gmp" or (section.density is not None and prunes_start(params, section.density)):
+        return
+    for field in ("criterion", "allocation", "from_mask", *_SCORING):
+        if field not in ("pattern", "min_kept", "first_layer", "last_layer") and changed(f"pruning.{field}", params):
+            yield f"{given(f'pruning.{field}', params)}: has no effect, pruning.mask_file is trained as it is; drop it"
+    if section.control in ("shuffle", "invert"):
+        yield f"{given('pruning.control', params)}: has no effect, pruning.mask_file is trained as it is; drop it"
+
+
+def _scoring(params: Params, plan: bool) -> Iterator[str]:
+    """How scores are made, against what makes them."""
+    section, start = params.pruning, params.levels.start_criterion
+    # Level 0 of an iterative run may have a criterion of its own.
+    used = {section.criterion} if start is None or not plan else {section.criterion, start}
+    idle: list[tuple[str, str]] = []
+    if used <= set(DATA_FREE):
+        reads = "a criterion that reads data"
+        idle += [(f"pruning.{name}", reads) for name in ("samples_per_class", "batches", "batch_size")]
+    if used <= set(ONE_SCORING):
+        idle += [("pruning.rounds", "a criterion whose scores change with the masks")]
+    if section.rounds is None and used <= set(ONE_ROUND):
+        idle += [("pruning.round_schedule", "one of several rounds, or set pruning.rounds")]
+    for name, using in idle:
+        if changed(name, params):
+            yield (
+                f"{given(name, params)}: has no effect with {given('pruning.criterion', params)}; "
+                f"drop it or set pruning.criterion to {using}"
+            )
+    if ":" in section.pattern:
+        for name in ("pruning.normalize", "pruning.group_score", "pruning.rounds", "pruning.round_schedule"):
+            if changed(name, params):
+                yield (
+                    f"{given(name, params)}: has no effect with {given('pruning.pattern', params)}, which keeps the "
+                    "best of every group at once; drop one of them"
+                )
 
 
 def _pruning(params: Params) -> Iterator[str]:
     section = params.pruning
     try:
         check_text(section.pattern)
-    except ValueError as error:
-        yield f"pruning.pattern: {error}"
+    except UserError as error:
+        yield str(error)
     if section.batches is not None and section.samples_per_class is not None:
         yield f"{given('pruning.batches', params)}: contradicts {given('pruning.samples_per_class', params)}; drop one"
     if section.regrow and section.rounds in (None, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,21 @@ class Level:
 
 def start_density(params: Params) -> float:
     """Density of the masks a run begins with: 1.0, or that of pruning.mask_file. Raises UserError when unreadable."""
-    return 1.0 if params.pruning.mask_file is None else _mask_density(Path(params.pruning.mask_file))
+    kept, total = start_counts(params)
+    return kept / total if total else 1.0
+
+
+def start_counts(params: Params) -> tuple[int, int]:
+    """Kept and all weights of pruning.mask_file; (1, 1) without one. Raises UserError when it is unreadable."""
+    return (1, 1) if params.pruning.mask_file is None else _mask_counts(Path(params.pruning.mask_file))
+
+
+def prunes_start(params: Params, density: float) -> bool:
+    """Whether a pruning to `density` takes weights from the masks the run begins with."""
+    kept, total = start_counts(params)
+    if params.pruning.mask_file is None:
+        return density < 1.0
+    return math.floor(density * total + 0.5) < kept
 
 
 def target_densities(params: Params) -> list[float]:
@@ -44,21 +59,34 @@ def target_densities(params: Params) -> list[float]:
     levels, pruning = params.levels, params.pruning
     start = start_density(params)
     if pruning.moment in SINGLE:
-        return list(levels.densities) or [_single(params, start)]
+        single = list(levels.densities) or [_single(params, start)]
+        return _not_above(params, "levels.densities" if levels.densities else "pruning.density", single, start)
     first = start if levels.start is None else levels.start
     if levels.densities:
-        listed = list(levels.densities)
-        if listed[0] > first:
-            raise ParamError(f"levels.densities: {listed[0]:g} is above {first:g}, which level 0 starts at; lower it")
-        return listed if listed[0] == first else [first, *listed]
+        listed = _not_above(params, "levels.densities", list(levels.densities), first)
+        same = listed[0] == first or (levels.start is None and not prunes_start(params, listed[0]))
+        return listed if same else [first, *listed]
     if pruning.moment == "oneshot":
-        return [first, _required(pruning.density)]
+        density = _not_above(params, "pruning.density", [_required(pruning.density)], first)[0]
+        if density == first or (levels.start is None and not prunes_start(params, density)):
+            raise ParamError(f"pruning.density: {density:g} is not below {first:g}, which level 0 holds; lower it")
+        return [first, density]
     if levels.spacing == "linear":
         assert levels.target is not None
         assert levels.count is not None
         steps = max(levels.count - 1, 1)
         return [first - k * (first - levels.target) / steps for k in range(levels.count)]
     return _geometric(first, levels.rate, levels.target, levels.count)
+
+
+def _not_above(params: Params, key: str, densities: list[float], first: float) -> list[float]:
+    """The densities, none of them above `first`, that of level 0."""
+    kept, total = start_counts(params)
+    for density in densities:
+        more = density > first if params.levels.start is not None else math.floor(density * total + 0.5) > kept
+        if more:
+            raise ParamError(f"{key}: {density:g} is above {first:g}, which level 0 starts at; lower it")
+    return densities
 
 
 def _single(params: Params, start: float) -> float:
@@ -70,7 +98,7 @@ def _single(params: Params, start: float) -> float:
     return _required(None)
 
 
-def _mask_density(path: Path) -> float:
+def _mask_counts(path: Path) -> tuple[int, int]:
     from safetensors import SafetensorError, safe_open
 
     mend = "give a mask file of ours, or make one with `python -m utils.pruning convert`"
@@ -82,7 +110,7 @@ def _mask_density(path: Path) -> float:
         kept, total = int(counts["kept"]), int(counts["total"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ParamError(f"pruning.mask_file: {path}: not a whole mask file; {mend}") from error
-    return kept / total if total else 1.0
+    return kept, total
 
 
 def _required(density: float | None) -> float:

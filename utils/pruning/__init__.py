@@ -54,8 +54,8 @@ def prune(
     if masks is not None and section.get("exclude"):
         raise ValueError("give masks or exclude, not both: masks already say what is prunable")
     kept = list(batches)
-    if input_shape is None and kept:
-        channels, height, width = kept[0][0].shape[1:]
+    if input_shape is None and kept and kept[0][0].ndim == 4:
+        _, channels, height, width = kept[0][0].shape
         input_shape = channels, height, width
     more: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
     keys = Pruning(criterion=criterion, allocation=allocation, density=density, **more)

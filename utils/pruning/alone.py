@@ -16,10 +16,9 @@ from utils.data.resolve import resolve
 from utils.masks import Masks
 from utils.params import Params
 from utils.pruning import paths
-from utils.pruning.criteria import Batches, Scores
+from utils.pruning.criteria import Batches, Scores, options_of
 from utils.pruning.harness import Pruned, PruningHarness
 from utils.pruning.report import layer_table, rounds_table, write_layers_csv, write_rounds_csv
-from utils.pruning.rounds import Round
 from utils.system import distributed
 from utils.system.distributed import World
 from utils.system.errors import UserError
@@ -31,7 +30,9 @@ T = TypeVar("T")
 def prepare(params: Params, world: World) -> None:
     """Before the process group starts: fetch the data set if the criterion reads it. Raises UserError as `prune`."""
     models.check_name(params.model.name)
-    if PruningHarness(params.pruning, params.graph, seed=params.run.seed).reads_data:
+    harness = PruningHarness(params.pruning, params.graph, seed=params.run.seed)
+    if harness.reads_data:
+        _checked(params, harness, build_model(params))  # before any data is fetched
         data.prepare(params)
 
 
@@ -57,16 +58,11 @@ def prune(params: Params, out: Path, scores: Path | None, world: World, device: 
     model = build_model(params).to(device)
     loss = ImageClassification(spec.classes).scoring_loss
     harness = PruningHarness(params.pruning, params.graph, seed=params.run.seed, loss=loss, input_shape=shape)
-    start = harness.start(model)
-    density = params.pruning.density
-    if density is None and params.graph.degree is None:
-        density = start.density
-    if density is not None:
-        harness.check(start, [density], iterative=False)  # before any data is read
+    start, density = _checked(params, harness, model)
     pruned = _pruned(params, harness, model, start, density, scores, world, device)
     distributed.agree("masks", pruned.masks.digest)
     effective = paths.effective(model, pruned.masks, shape)
-    distributed.from_main(functools.partial(_write, out, model, pruned, effective))
+    _on_main(functools.partial(_write, out, model, pruned, effective))
     if not params.pruning.allow_disconnected:
         paths.check_connected(effective, pruned.masks)
     parts = [layer_table(model, pruned.masks, effective.counts)]
@@ -77,6 +73,16 @@ def prune(params: Params, out: Path, scores: Path | None, world: World, device: 
     parts += pruned.notes
     parts.append(f"wrote {out} and {_layers_of(out)}; digest {pruned.masks.digest}")
     return "\n\n".join(parts)
+
+
+def _checked(params: Params, harness: PruningHarness, model: nn.Module) -> tuple[Masks, float | None]:
+    """The masks to prune and the density asked for (None: by graph.degree), which can be reached. Else UserError."""
+    start, density = harness.start(model), params.pruning.density
+    if density is None and params.graph.degree is None:
+        density = start.density
+    if density is not None:
+        harness.check(start, [density], iterative=False)
+    return start, density
 
 
 def _pruned(
@@ -93,14 +99,13 @@ def _pruned(
         return _with_data(params, harness, world, device, lambda batches: harness.prune(model, start, density, batches))
     if density is None or params.graph.kind is not None or harness.rounds > 1 or params.pruning.control == "shuffle":
         raise UserError("--scores: only for one round of a criterion, without shuffling; drop it")
-    purpose = _purpose(params, model)
+    purpose = _purpose(params, harness, model, start)
     if distributed.exists(scores):
         found = _read_scores(scores, start, purpose)
     else:
         found = _with_data(params, harness, world, device, lambda batches: harness.score(model, start, batches))
-        distributed.from_main(functools.partial(files.save_tensors, scores, found, purpose))
-    masks = harness.select(found, start, density)
-    return Pruned(masks, (Round(density, masks.density),))
+        _on_main(functools.partial(files.save_tensors, scores, found, purpose))
+    return harness.pick(found, start, density)
 
 
 def _with_data(
@@ -119,14 +124,23 @@ def _with_data(
         loaders.close()
 
 
-def _purpose(params: Params, model: nn.Module) -> dict[str, str]:
-    """What scores depend on, besides data: written with them and compared when they are read."""
-    section = params.pruning
+def _purpose(params: Params, harness: PruningHarness, model: nn.Module, start: Masks) -> dict[str, str]:
+    """What scores depend on: written with them and compared when they are read.
+
+    data: the images read (which, how many and how large), or their size alone where none are. masks: those the scores
+    were taken at.
+    """
+    section, side = params.data, resolve(params.data).image_size
+    options, read = options_of(params.pruning.criterion) | harness.options, {}
+    if harness.reads_data:
+        names = ("name", "root", "val", "subset", "split_seed", "order_seed", "eval_size")
+        read = {name: getattr(section, name) for name in names} | harness.scoring
     return {
-        "criterion": section.criterion,
-        "options": ",".join(section.criterion_options),
-        "data": f"{section.samples_per_class} {section.batches} {section.batch_size} {params.data.name}",
+        "criterion": params.pruning.criterion,
+        "options": " ".join(f"{name}={value}" for name, value in sorted(options.items())),
+        "data": " ".join(f"{name}={value}" for name, value in (read | {"image_size": side}).items()),
         "seed": str(params.run.seed),
+        "masks": start.digest,
         "weights": files.digest(files.state_of(model)),
     }
 
@@ -139,6 +153,18 @@ def _read_scores(path: Path, masks: Masks, purpose: dict[str, str]) -> Scores:
     if missing := sorted(masks.keys() - scores.keys()):
         raise UserError(f"{path}: no scores of {missing[0]!r}; name another --scores file")
     return {name: scores[name] for name in masks}
+
+
+def _on_main(write: Callable[[], None]) -> None:
+    """`write` on rank 0. Raises UserError on all for a place that cannot be written."""
+
+    def attempt() -> None:
+        try:
+            write()
+        except OSError as error:
+            raise UserError(f"{error.filename or 'file'}: {error.strerror}; name another place") from error
+
+    distributed.from_main(attempt)
 
 
 def _layers_of(out: Path) -> Path:

@@ -19,7 +19,7 @@ from utils.params.pruning import Pruning
 from utils.pruning import controls, graphs, patterns
 from utils.pruning.choose import choose, layer_counts, plan
 from utils.pruning.counts import Counts
-from utils.pruning.criteria import Batches, Loss, Scores, criterion, read_options, traits_of, wants_shape
+from utils.pruning.criteria import Batches, Loss, Scores, criterion, filled, read_options, traits_of
 from utils.pruning.normalize import lamp
 from utils.pruning.preserve import preserved
 from utils.pruning.rounds import Round, round_densities
@@ -125,26 +125,44 @@ class PruningHarness:
         if self.graph.kind is not None:
             return self._graph(model, masks, density)
         assert density is not None
-        found, rounds = self._in_rounds(model, masks, density, batches)
+        pruned = self._in_rounds(model, masks, density, batches)
         if self.pruning.control == "shuffle":
-            found = controls.shuffle(found, masks, self.seed)
-        return Pruned(found, rounds or (Round(density, found.density),))
+            return replace(pruned, masks=controls.shuffle(pruned.masks, masks, self.seed))
+        return pruned
 
-    def _in_rounds(
-        self, model: nn.Module, start: Masks, density: float, batches: Batches
-    ) -> tuple[Masks, tuple[Round, ...]]:
+    def _in_rounds(self, model: nn.Module, start: Masks, density: float, batches: Batches) -> Pruned:
         counts = plan(self.pruning, start)
         if counts.pruned(density) is counts:
-            return start, ()
+            return Pruned(start, (Round(density, start.density),))
         batches = self._share(batches)
-        masks, rounds = start, []
+        masks, rounds, equal = start, [], 0
         for goal in self.densities(start.density, density):
             candidates = start if self.pruning.regrow else masks
             if not _feasible(plan(self.pruning, candidates), goal, masks, last=goal == density):
                 continue
-            masks = self.select(self.score(model, masks, batches), candidates, goal)
+            scores = self.score(model, masks, batches)
+            equal += _all_equal(scores, candidates)
+            masks = self.select(scores, candidates, goal)
+            del scores  # the next round makes its own: two would be a copy of the weights too many
             rounds.append(Round(goal, masks.density))
-        return masks, tuple(rounds)
+        rounds[-1] = replace(rounds[-1], requested=density)  # what is left of rounds that came to the same count
+        return Pruned(masks, tuple(rounds), self._told(equal, len(rounds)))
+
+    def pick(self, scores: Scores, masks: Masks, density: float) -> Pruned:
+        """`select` as a pruning of one round, with the note that `prune` gives when the scores decide nothing."""
+        found = self.select(scores, masks, density)
+        equal = found is not masks and _all_equal(scores, masks)
+        return Pruned(found, (Round(density, found.density),), self._told(int(equal), 1))
+
+    def _told(self, equal: int, rounds: int) -> tuple[str, ...]:
+        """One line when the scores of `equal` of the `rounds` rounds were all the same."""
+        if not equal:
+            return ()
+        where = f" in {equal} of {rounds} rounds" if rounds > 1 else ""
+        return (
+            f"all scores of pruning.criterion={self.pruning.criterion} were equal{where}: not they but the order of "
+            "ties, drawn from run.seed, chose the weights (a last layer that starts at zero does that)",
+        )
 
     @property
     def rounds(self) -> int:
@@ -160,9 +178,7 @@ class PruningHarness:
         """The criterion's scores, checked: one tensor per entry of `masks`, of its shape, without NaN."""
         name = self.pruning.criterion
         batches = self._share(batches)
-        options: dict[str, Any] = dict(self.options)
-        if wants_shape(name):
-            options["input_shape"] = self.input_shape
+        options = self.options | filled(name, input_shape=self.input_shape, everywhere=self.pruning.regrow)
         generator = torch.Generator().manual_seed(derive("criterion", self.seed))
         model = bare(model)
         with preserved(model, self.traits["batchnorm"]):
@@ -225,6 +241,24 @@ def _feasible(counts: Counts, goal: float, masks: Masks, last: bool) -> bool:
         if last:
             raise
         return False
+
+
+def _all_equal(scores: Scores, masks: Masks) -> bool:
+    """Whether all live weights, two at least, have the same score."""
+    if masks.kept < 2:
+        return False
+    value: float | None = None
+    for name, mask in masks.items():
+        live = scores[name].detach()
+        if masks.counts[name] < mask.numel():
+            live = live[mask.to(live.device)]
+        if not live.numel():
+            continue
+        low, high = (float(bound) for bound in torch.aminmax(live))
+        if low != high or value not in (None, low):
+            return False
+        value = low
+    return True
 
 
 def _restrict(path: Path, model: nn.Module, dense: Masks) -> Masks:

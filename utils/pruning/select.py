@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +25,8 @@ import torch
 
 from utils.data.stateless import derive, uniform
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
+_BINS = 1 << 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,24 +142,45 @@ def _at_least(layer: Layer, threshold: np.floating) -> np.ndarray:
 
 
 def _drop_ties(pool: Pool, chosen: list[np.ndarray], threshold: np.floating) -> None:
-    """Clear as many weights that score exactly `threshold` as `chosen` has too many, in place."""
+    """Clear as many weights that score exactly `threshold` as `chosen` has too many, in place.
+
+    Ties may be all weights there are, so their priorities are never held together: they are counted in bins, and only
+    those of the bin with the cut are looked at one by one.
+    """
     excess = sum(int(np.count_nonzero(mask)) for mask in chosen) - pool.keep
     if not excess:
         return
-    tied = [
-        np.flatnonzero(np.logical_and(mask, layer.scores == threshold))
-        for layer, mask in zip(pool.layers, chosen, strict=True)
-    ]
-    order = [priority(layer.key, index) for layer, index in zip(pool.layers, tied, strict=True)]
-    everyone = np.concatenate(order)
-    stay = len(everyone) - excess
-    cut = np.partition(everyone, stay)[stay]
-    equal = stay - int(np.count_nonzero(everyone < cut))
-    for mask, index, rank in zip(chosen, tied, order, strict=True):
-        mask[index[rank > cut]] = False
-        level = index[rank == cut]
+    counts = np.zeros(_BINS, dtype=np.int64)
+    for _, _, order in _tied(pool, chosen, threshold):
+        counts += np.bincount(_bin(order), minlength=_BINS)
+    ends = np.cumsum(counts)
+    stay = int(ends[-1]) - excess
+    found = int(np.searchsorted(ends, stay, side="right"))
+    near = np.concatenate([order[_bin(order) == found] for _, _, order in _tied(pool, chosen, threshold)])
+    rank = stay - int(ends[found] - counts[found])
+    cut = np.partition(near, rank)[rank]
+    equal = rank - int(np.count_nonzero(near < cut))
+    for mask, index, order in _tied(pool, chosen, threshold):
+        mask[index[order > cut]] = False
+        level = index[order == cut]
         mask[level[equal:]] = False
         equal = max(0, equal - len(level))
+
+
+def _tied(
+    pool: Pool, chosen: list[np.ndarray], threshold: np.floating
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(a layer's mask, flat indices of chosen weights that score `threshold`, their priorities), part by part."""
+    for layer, mask in zip(pool.layers, chosen, strict=True):
+        for start in range(0, layer.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            index = np.flatnonzero(mask[part] & (layer.scores[part] == threshold)) + start
+            if len(index):
+                yield mask, index, priority(layer.key, index)
+
+
+def _bin(order: np.ndarray) -> np.ndarray:
+    return (order * _BINS).astype(np.int64)  # exact: a power of two
 
 
 def priority(key: int, indices: np.ndarray) -> np.ndarray:

@@ -10,7 +10,8 @@ A criterion is a function `(model, masks, batches, loss, *, generator, **options
     generator   CPU generator; the same on every rank. Draw per layer from `layer_generator`, so that no layer's
                 numbers depend on which other layers there are
     options     keyword-only parameters with int, float, bool or str defaults, set by `pruning.criterion_options`.
-                One called `input_shape` is filled in by the harness: (channels, height, width)
+                Two are filled in by the harness: `input_shape`, (channels, height, width), and `everywhere`, whether
+                scores of pruned places are looked at too
 
 and returns one float32 or float64 tensor per entry of `masks`, of its shape, on any device, equal on all ranks.
 Infinities are allowed, NaN stops the run. Scores of pruned places count only where rounds may bring weights back.
@@ -32,6 +33,7 @@ a criterion that changes a parameter stops the run. A new criterion is one decor
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -67,6 +69,9 @@ DEFAULTS: dict[str, Any] = {
 }
 """What it may be told besides."""
 
+FILLED = ("input_shape", "everywhere")
+"""Options that are not the user's."""
+
 criterion: Registry[Criterion] = Registry("criterion")
 
 
@@ -82,15 +87,16 @@ def traits_of(name: str) -> dict[str, Any]:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """The options of the criterion `name` with their defaults, `input_shape` apart."""
+    """The options of the criterion `name` with their defaults, those the harness fills in apart."""
     parameters = inspect.signature(criterion[name]).parameters.values()
-    own = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", "input_shape")]
+    own = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", *FILLED)]
     return {p.name: p.default for p in own}
 
 
-def wants_shape(name: str) -> bool:
-    """Whether the criterion `name` needs the shape of the model's input."""
-    return "input_shape" in inspect.signature(criterion[name]).parameters
+def filled(name: str, **values: Any) -> dict[str, Any]:
+    """Those of `values` (of FILLED) that the criterion `name` takes."""
+    parameters = inspect.signature(criterion[name]).parameters
+    return {option: value for option, value in values.items() if option in parameters}
 
 
 def read_options(name: str, entries: Sequence[str]) -> dict[str, Any]:
@@ -111,7 +117,10 @@ def _typed(entry: str, text: str, kind: type) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return kind(text)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError(text)
+        return value
     except (ValueError, KeyError):
         word = "true or false" if kind is bool else {int: "a whole number", float: "a number"}[kind]
         raise UserError(f"pruning.criterion_options: {entry!r}: write {word}") from None

@@ -4,9 +4,10 @@ A rank sees its share of the scoring micro-batches, maybe none. Means are over a
 in float64 and rounded once, so that they hardly depend on how the samples are split over batches and ranks. Every rank
 makes the same collective calls, whatever its share.
 
-Copies of float32 weights at the peak, beside activations, the weights and their pruned values aside among them:
-4 - density and about a layer for a first-order mean (its float64 sums are two); three more for a Hessian product, for
-its vector, the gradients of one micro-batch and products that are not complete.
+Copies of float32 weights at the peak, beside activations, the weights and their pruned values aside among them: about
+a layer and 2 + density for a first-order mean at live places (its float64 sums are two), 4 - density for one at all
+places; three more for a Hessian product, for its vector, the gradients of one micro-batch and products that are not
+complete.
 """
 
 from __future__ import annotations
@@ -104,14 +105,21 @@ def reduced(tensors: Mapping[str, Tensor]) -> None:
 class Sums:
     """float64 sums over samples, one tensor per weight, and how many samples they hold."""
 
-    def __init__(self, found: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, found: Mapping[str, nn.Parameter], only: Masks | None = None) -> None:
+        """only: places to sum at; means are 0 elsewhere. It saves memory where many weights are pruned."""
         self._weights = found
-        # Contiguous whatever the weight's strides: collectives need the same dense layout on every rank.
-        self._sums = {
-            n: torch.zeros_like(w, dtype=torch.float64, memory_format=torch.contiguous_format, requires_grad=False)
-            for n, w in found.items()
-        }
+        self._places: dict[str, Tensor] = {}
+        if only is not None:
+            pruned = [name for name, weight in found.items() if only.counts[name] < weight.numel()]
+            self._places = {name: only[name].to(found[name].device) for name in pruned}
+        # Flat or contiguous whatever the weight's strides: collectives need the same dense layout on every rank.
+        self._sums = {n: torch.zeros(self._shape(n), dtype=torch.float64, device=w.device) for n, w in found.items()}
         self._samples = 0
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name in self._places:
+            return (int(self._places[name].count_nonzero()),)
+        return tuple(self._weights[name].shape)
 
     @contextlib.contextmanager
     def collecting(self, samples: int, square: bool = False) -> Iterator[None]:
@@ -136,10 +144,10 @@ class Sums:
                 weight.grad = grad
 
     def _adder(self, name: str, samples: int, square: bool) -> Callable[[Tensor], None]:
-        total = self._sums[name]
+        total, place = self._sums[name], self._places.get(name)
 
         def add(grad: Tensor) -> None:
-            grad = grad.detach()
+            grad = grad.detach() if place is None else grad.detach()[place]
             if square:
                 total.addcmul_(grad, grad, value=samples)  # squared in float64, as the result's precision asks
             else:
@@ -160,7 +168,15 @@ class Sums:
             raise ValueError("there are no scoring batches")
         for total in self._sums.values():
             total.div_(samples)
-        return {n: self._sums.pop(n).to(precision(w) if rounded else torch.float64) for n, w in self._weights.items()}
+        return {n: self._spread(n, precision(w) if rounded else torch.float64) for n, w in self._weights.items()}
+
+    def _spread(self, name: str, dtype: torch.dtype) -> Tensor:
+        total, place = self._sums.pop(name).to(dtype), self._places.pop(name, None)
+        return (
+            total
+            if place is None
+            else torch.zeros(place.shape, dtype=dtype, device=place.device).masked_scatter_(place, total)
+        )
 
 
 def precision(weight: Tensor) -> torch.dtype:
@@ -168,12 +184,15 @@ def precision(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def mean_gradients(model: nn.Module, masks: Masks, batches: Batches, loss: Loss) -> dict[str, Tensor]:
+def mean_gradients(
+    model: nn.Module, masks: Masks, batches: Batches, loss: Loss, everywhere: bool = True
+) -> dict[str, Tensor]:
     """Gradient of the mean loss over all samples of all ranks at the current weights; 0 where nothing depends on one.
 
-    batches: this rank's share. Raises ValueError when no rank has a batch.
+    batches: this rank's share. everywhere: at pruned places too; else 0 there, in less memory. Raises ValueError when
+    no rank has a batch.
     """
-    sums = Sums(weights(model, masks))
+    sums = Sums(weights(model, masks), None if everywhere else masks)
     with only(model, masks):
         for batch in batches:
             value = loss(model, batch)

@@ -11,7 +11,15 @@ from utils.pruning.criteria._gradients import inside, mean_gradients, times_weig
 
 
 @criterion("snip", batchnorm="train", reads="train", samples_per_class=10)
-def snip(model: nn.Module, masks: Masks, batches: Batches, loss: Loss, *, generator: torch.Generator) -> Scores:
+def snip(
+    model: nn.Module,
+    masks: Masks,
+    batches: Batches,
+    loss: Loss,
+    *,
+    generator: torch.Generator,
+    everywhere: bool = True,
+) -> Scores:
     """|dL/dm| = |theta dL/d(theta m)|, BatchNorm in training mode (Lee et al. 2019, eq. 5); reads training batches.
 
     The gradient is the mean over all samples of all ranks, taken at theta * m. Pruned places are scored with their
@@ -20,5 +28,5 @@ def snip(model: nn.Module, masks: Masks, batches: Batches, loss: Loss, *, genera
     sum of all scores is left out: it changes no ranking.
     """
     with inside(model, masks):
-        grads = mean_gradients(model, masks, batches, loss)
+        grads = mean_gradients(model, masks, batches, loss, everywhere)
     return {name: score.abs_() for name, score in times_weights(model, masks, grads).items()}

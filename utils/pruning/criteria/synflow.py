@@ -38,9 +38,10 @@ def synflow(
     activations, in float32 copies of the weights: the weights, two for |w| m and two for the scores, which take the
     gradients' place layer by layer.
 
+    Where nothing flows (a head that starts at zero, masks that disconnect) every score is 0.
+
     input_shape: (channels, height, width) of the images. Raises UserError without it, for networks that do not return
-    one tensor, for weights that are all 0 and stop the flow (a head that starts at zero), and when the flow is not
-    finite at any scale.
+    one tensor, and when the flow is not finite at any scale.
     """
     model = bare(model)
     image = ones(model, input_shape, "pruning.criterion=synflow")
@@ -51,23 +52,11 @@ def synflow(
                 scores, total = _scores(model, masks, image * 2.0**-inner, 2.0**-outer)
                 # No score is negative, so a finite sum means that all are finite.
                 if torch.stack([total, *(score.sum() for score in scores.values())]).isfinite().all():
-                    _check_flow(model, masks, total)
                     return scores
     raise UserError(
         "pruning.criterion=synflow: the flow is not finite at any scale of float64; "
         "look for NaN or infinite weights, or choose another criterion"
     )
-
-
-def _check_flow(model: nn.Module, masks: Masks, total: Tensor) -> None:
-    """Raise UserError when there is no flow, whatever the masks: the order of the weights would be chance."""
-    if total == 0:
-        zero = [name for name, weight in model.named_parameters() if name in masks and not weight.any()]
-        if zero:
-            raise UserError(
-                f"pruning.criterion=synflow: every score would be 0, for all of {zero[0]} is 0; "
-                "start from other weights (model.pretrained) or choose another criterion"
-            )
 
 
 def _scores(model: nn.Module, masks: Masks, image: Tensor, scale: float) -> tuple[Scores, Tensor]:

@@ -11,7 +11,15 @@ from utils.pruning.criteria._gradients import inside, mean_gradients, times_weig
 
 
 @criterion("taylor", batchnorm="eval", reads="train")
-def taylor(model: nn.Module, masks: Masks, batches: Batches, loss: Loss, *, generator: torch.Generator) -> Scores:
+def taylor(
+    model: nn.Module,
+    masks: Masks,
+    batches: Batches,
+    loss: Loss,
+    *,
+    generator: torch.Generator,
+    everywhere: bool = True,
+) -> Scores:
     """|w g|, g the mean gradient at the current weights, BatchNorm in eval mode (Evci 2018); reads training batches.
 
     The first-order change of the loss when a weight is set to 0. The absolute value is taken after the mean over all
@@ -19,5 +27,5 @@ def taylor(model: nn.Module, masks: Masks, batches: Batches, loss: Loss, *, gene
     mode, on trained weights, is what sets it apart from `snip`.
     """
     with inside(model, masks):
-        grads = mean_gradients(model, masks, batches, loss)
+        grads = mean_gradients(model, masks, batches, loss, everywhere)
     return {name: score.abs_() for name, score in times_weights(model, masks, grads).items()}
