@@ -86,10 +86,12 @@ def print_plan(params: Params) -> None:
 
 def _prepare(params: Params, world: World) -> None:
     from utils import data, models
+    from utils.feasibility import check_method
     from utils.params.checks import check_ranks
 
     check_ranks(params, world.size)
     models.check_name(params.model.name)
+    check_method(params)
     # Before the process group starts: writing .beton files can outlast any sensible collective timeout.
     data.prepare(params)
 

@@ -136,6 +136,7 @@ def test_rounds_of_a_pruning_in_mid_training_are_on_record(tmp_path: Path) -> No
 def test_a_trigger_prunes_after_the_first_epoch_it_fires_in(
     tmp_path: Path, keys: dict, epoch: int, length: str
 ) -> None:
+    keys = keys | ({} if length == "published" else {"early__latest": "3ep3it"})
     directory = run(config(tmp_path, **EARLY, **keys, early__length=length, training__epochs=4))
     count = epoch + 4 if length == "published" else 4
     found = row(directory)
@@ -155,8 +156,17 @@ def test_a_trigger_prunes_after_the_first_epoch_it_fires_in(
     assert lr[epoch:] == pytest.approx(whole if length == "published" else whole[epoch:])
 
 
-@pytest.mark.parametrize(("latest", "at"), [(None, 8), ("3it", 3), ("1ep", 4), ("1ep1it", 5)])
-@pytest.mark.parametrize("length", ["published", "configured"])
+@pytest.mark.parametrize(
+    ("length", "latest", "at"),
+    [
+        ("published", None, 8),
+        *(
+            (length, *case)
+            for length in ("published", "configured")
+            for case in (("3it", 3), ("1ep", 4), ("1ep1it", 5))
+        ),
+    ],
+)
 def test_a_trigger_that_never_fires_prunes_at_the_latest_step(
     tmp_path: Path, latest: str | None, at: int, length: str
 ) -> None:
@@ -171,7 +181,9 @@ def test_a_trigger_that_never_fires_prunes_at_the_latest_step(
 
 
 def test_the_distance_is_that_of_all_parameters_from_the_start(tmp_path: Path, after: dict[int, State]) -> None:
-    directory = run(config(tmp_path, **EARLY, early__threshold=1e-12, early__latest="2ep", early__length="configured"))
+    directory = run(
+        config(tmp_path, **EARLY, early__threshold=1e-12, early__latest="1ep3it", early__length="configured")
+    )
     parameters = [n for n in after[4] if not n.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     start = run(config(tmp_path / "start", **DENSE, training__epochs=0))
     zero = files.load_weights(start.level(0).weights)

@@ -11,6 +11,7 @@ from utils.params import Params
 from utils.params.plan import Level, start_counts
 from utils.pruning import triggers
 from utils.pruning.dynamic import UpdateSteps
+from utils.pruning.harness import with_start
 from utils.rewinding import check_rewind, rewinds_to_step
 from utils.system.errors import UserError
 from utils.training.schedules import lr_at
@@ -32,6 +33,13 @@ def build_model(params: Params, spec: DataSpec, pretrained: str, seed: int | Non
         other_sizes=others,
         seed=params.run.seed if seed is None else seed,
     )
+
+
+def check_method(params: Params) -> None:
+    """Raise UserError for a pruning section that cannot work whatever the model: before any data is fetched."""
+    begin = with_start(params.pruning, params.levels.start_criterion, params.levels.start_allocation)
+    for section in (params.pruning, begin):
+        pruning.PruningHarness(section, params.graph, seed=params.run.seed)
 
 
 def check_pruning(
@@ -84,6 +92,13 @@ def _check_within(params: Params, plan: list[Level], steps_per_epoch: int) -> No
     latest = params.early.latest
     if params.pruning.moment == "early" and latest is not None and latest.at(steps_per_epoch) > total:
         raise UserError(f"early.latest={latest}: training has only {total} steps; choose an earlier step")
+    if (
+        params.pruning.moment == "early"
+        and params.early.length == "configured"
+        and latest is not None
+        and latest.at(steps_per_epoch) >= total
+    ):
+        raise UserError(f"early.latest={latest}: leaves none of the {total} steps to train; choose an earlier step")
     dynamic = params.dynamic
     if dynamic.method is None:
         return

@@ -88,8 +88,7 @@ class LevelMasks:
         else:
             pruned = self._prune(level, live)
             masks, self.rounds = pruned.masks, len(pruned.rounds) or None
-            for note in pruned.notes:
-                self.console.line(note)
+            self._tell(pruned)
             distributed.from_main(functools.partial(self._save, place, path, pruned, digest))
         if not masks <= live:
             raise UserError(f"{path}: keeps weights that level {level.source} pruned; delete it and run again")
@@ -127,9 +126,14 @@ class LevelMasks:
 
     def prune_connected(self, live: Masks, density: float) -> Masks:
         """The masks of a pruning in mid-training. Raises UserError as `check_connected` does."""
-        masks = self.prune(live, density).masks
-        self.check_connected(masks)
-        return masks
+        pruned = self.prune(live, density)
+        self._tell(pruned)
+        self.check_connected(pruned.masks)
+        return pruned.masks
+
+    def _tell(self, pruned: Pruned) -> None:
+        for note in pruned.notes:
+            self.console.line(note)
 
     def write_rounds(self, place: LevelDir) -> None:
         """Write rounds.csv of the pruning made last."""

@@ -175,7 +175,27 @@ RULES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     (
         {**STEP, "early.length": "configured"},
         "early.length=configured: has no effect",
+        {**EARLY, "early.length": "configured", "early.latest": "1ep"},
+    ),
+    (
         {**EARLY, "early.length": "configured"},
+        "early.latest: not set, and with early.length=configured nothing would be left to train",
+        {**EARLY, "early.length": "configured", "early.latest": "1ep"},
+    ),
+    (
+        {**SNIP, "pruning.criterion": "synflow", "pruning.regrow": True},
+        "pruning.regrow=true: 'synflow' never scores a pruned weight anew",
+        {**SNIP, "pruning.regrow": True, "pruning.rounds": 2},
+    ),
+    (
+        {**SNIP, "pruning.criterion": "grasp", "pruning.normalize": "lamp"},
+        "pruning.normalize=lamp: scores of 'grasp' are signed",
+        {**SNIP, "pruning.normalize": "lamp"},
+    ),
+    (
+        {**SNIP, "pruning.pattern": "channel", "pruning.last_layer": "dense"},
+        "pruning.last_layer=dense: pruning.pattern=channel leaves the last layer whole already",
+        {**SNIP, "pruning.pattern": "channel"},
     ),
     ({**PLAN, "early.latest": "1ep"}, "early.latest=1ep: has no effect", {**EARLY, "early.latest": "1ep"}),
     (

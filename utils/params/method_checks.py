@@ -16,6 +16,8 @@ Ignored = tuple[tuple[str, str, tuple[object, ...], str], ...]
 
 _LAYERWISE = ("uniform", "erk", "er", "balanced", "from_mask")
 DATA_FREE = ("magnitude", "random", "synflow", "ntk_sap")
+SIGNED = ("grasp",)
+NO_REGROWTH = ("magnitude", "random", "synflow", "ntk_sap")
 """Criteria that read no data."""
 
 ONE_ROUND = ("magnitude", "random", "snip", "grasp", "crop", "fisher", "prospr", "taylor")
@@ -94,6 +96,12 @@ def plan_problems(params: Params, plan: list[Level]) -> Iterator[str]:
     idle = min(plan, key=lambda level: level.epochs)
     if section.moment == "early" and not idle.epochs:
         yield f"pruning.moment=early: level {idle.number} trains 0 epochs, and an epoch must end; set training.epochs"
+    early = params.early
+    if section.moment == "early" and early.length == "configured" and early.latest is None:
+        yield (
+            "early.latest: not set, and with early.length=configured nothing would be left to train if the trigger "
+            "never fired; set it below training.epochs"
+        )
     if section.moment in ("step", "early") and not any(prunes_start(params, level.density) for level in plan):
         yield f"{given('pruning.moment', params)}: prunes nothing at density {plan[0].density:g}; lower pruning.density"
     if section.mask_file is not None and section.moment == "init" and not params.levels.densities:
@@ -157,7 +165,16 @@ def _pruning(params: Params) -> Iterator[str]:
         yield str(error)
     if section.batches is not None and section.samples_per_class is not None:
         yield f"{given('pruning.batches', params)}: contradicts {given('pruning.samples_per_class', params)}; drop one"
-    if section.regrow and section.rounds in (None, 1):
+    if section.pattern == "channel" and section.last_layer == "dense":
+        yield "pruning.last_layer=dense: pruning.pattern=channel leaves the last layer whole already; drop it"
+    if section.normalize == "lamp" and section.criterion in SIGNED:
+        yield f"pruning.normalize=lamp: scores of {section.criterion!r} are signed, which it cannot rank; drop it"
+    if section.regrow and section.criterion in NO_REGROWTH:
+        yield (
+            f"pruning.regrow=true: {section.criterion!r} never scores a pruned weight anew; drop it or choose another "
+            "criterion, such as snip"
+        )
+    elif section.regrow and section.rounds in (None, 1):
         yield "pruning.regrow=true: needs several rounds; set pruning.rounds"
     if section.allocation == "from_mask" and section.from_mask is None:
         yield "pruning.from_mask: not set, and pruning.allocation=from_mask copies its layer ratios; name a mask file"

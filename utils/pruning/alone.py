@@ -62,9 +62,9 @@ def prune(params: Params, out: Path, scores: Path | None, world: World, device: 
     pruned = _pruned(params, harness, model, start, density, scores, world, device)
     distributed.agree("masks", pruned.masks.digest)
     effective = paths.effective(model, pruned.masks, shape)
-    _on_main(functools.partial(_write, out, model, pruned, effective))
     if not params.pruning.allow_disconnected:
         paths.check_connected(effective, pruned.masks)
+    _on_main(functools.partial(_write, out, model, pruned, effective))
     parts = [layer_table(model, pruned.masks, effective.counts)]
     if outside := harness.outside(Masks.dense(model, params.pruning.exclude)):
         parts.append(f"left whole by pattern {params.pruning.pattern}, out of the density: {', '.join(outside)}")
@@ -133,7 +133,7 @@ def _purpose(params: Params, harness: PruningHarness, model: nn.Module, start: M
     section, side = params.data, resolve(params.data).image_size
     options, read = options_of(params.pruning.criterion) | harness.options, {}
     if harness.reads_data:
-        names = ("name", "root", "val", "subset", "split_seed", "order_seed", "eval_size")
+        names = ("name", "root", "loader", "val", "subset", "split_seed", "order_seed", "eval_size")
         read = {name: getattr(section, name) for name in names} | harness.scoring
     return {
         "criterion": params.pruning.criterion,

@@ -19,7 +19,7 @@ from utils.params.pruning import Pruning
 from utils.pruning import controls, graphs, patterns
 from utils.pruning.choose import choose, layer_counts, plan
 from utils.pruning.counts import Counts
-from utils.pruning.criteria import Batches, Loss, Scores, criterion, filled, read_options, traits_of
+from utils.pruning.criteria import Batches, Loss, Scores, criterion, filled, options_of, read_options, traits_of
 from utils.pruning.normalize import lamp
 from utils.pruning.preserve import preserved
 from utils.pruning.rounds import Round, round_densities
@@ -82,6 +82,8 @@ class PruningHarness:
         batches = section.batches if section.samples_per_class is None else None
         if batches is None and section.samples_per_class is None:
             batches = traits["batches"]
+            if callable(batches):
+                batches = batches(options_of(section.criterion) | self.options)
         per_class = None if batches is not None else section.samples_per_class or traits["samples_per_class"]
         return {"per_class": per_class, "batches": batches, "batch_size": section.batch_size}
 
@@ -167,7 +169,7 @@ class PruningHarness:
     @property
     def rounds(self) -> int:
         """Score-and-prune rounds of one pruning: those asked for, or the criterion's own."""
-        return int(self.pruning.rounds or self.traits["rounds"])
+        return int(self.traits["rounds"] if self.pruning.rounds is None else self.pruning.rounds)
 
     def densities(self, start: float, target: float) -> list[float]:
         """The densities of the rounds of a pruning from `start` to `target`."""
@@ -181,10 +183,18 @@ class PruningHarness:
         options = self.options | filled(name, input_shape=self.input_shape, everywhere=self.pruning.regrow)
         generator = torch.Generator().manual_seed(derive("criterion", self.seed))
         model = bare(model)
-        with preserved(model, self.traits["batchnorm"]):
+        device = next(model.parameters()).device
+        with preserved(model, self._batchnorm), torch.autocast(device.type, enabled=False):
             scores = criterion[name](model, masks, batches, self.loss, generator=generator, **options)
         _check_scores(name, scores, masks)
-        return scores
+        # What every rank computed for itself may differ in the last bits on GPUs: rank 0's scores are everyone's.
+        return {key: distributed.broadcast(scores[key].detach().to(device)) for key in masks}
+
+    @property
+    def _batchnorm(self) -> str:
+        """The criterion's BatchNorm mode; eval for channels: batch statistics undo any scale of a channel's weights."""
+        mode: str = self.traits["batchnorm"]
+        return "eval" if mode == "train" and self.pruning.pattern == "channel" else mode
 
     def select(self, scores: Scores, masks: Masks, density: float) -> Masks:
         """Masks of `density` from scores taken before; any number of densities can share one scoring."""

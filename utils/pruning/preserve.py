@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils.pruning.criteria._flow import replaced
 
 
 @contextlib.contextmanager
@@ -19,7 +21,8 @@ def preserved(model: nn.Module, batchnorm: str) -> Iterator[None]:
 
     Gradients, requires_grad, buffers, training flags and the random states of torch, numpy and Python are put back,
     also after an error. Parameters are compared by digest, which costs no copy of them: RuntimeError names the first
-    that differs. batchnorm: `eval`, `train`, or `none`, which leaves all training flags alone.
+    that differs. SyncBatchNorm takes the statistics of this rank's batch alone. batchnorm: `eval`, `train`, or `none`,
+    which leaves all training flags alone.
     """
     before = _digests(model)
     flags = [(module, module.training) for module in model.modules()]
@@ -30,7 +33,8 @@ def preserved(model: nn.Module, batchnorm: str) -> Iterator[None]:
             for parameter, _, _ in grads:
                 parameter.grad = None
             _set_modes(model, batchnorm)
-            yield
+            with replaced([(m, _local(m)) for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]):
+                yield
         finally:
             for module, training in flags:
                 module.training = training
@@ -42,6 +46,19 @@ def preserved(model: nn.Module, batchnorm: str) -> Iterator[None]:
     if after != before:
         changed = [name for name in before if after.get(name) != before[name]] or sorted(after.keys() - before.keys())
         raise RuntimeError(f"scoring changed parameter {changed[0]!r}; a criterion must leave the model as it found it")
+
+
+def _local(module: nn.SyncBatchNorm) -> Callable[..., torch.Tensor]:
+    """What `module` computes on one rank: ranks score different micro-batches, or none, and must not wait in it."""
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = _BatchNorm.forward(module, images)
+        for name in ("drop", "act"):  # timm's has its activation within
+            if isinstance(part := getattr(module, name, None), nn.Module):
+                found = part(found)
+        return found
+
+    return forward
 
 
 def _set_modes(model: nn.Module, batchnorm: str) -> None:

@@ -105,6 +105,14 @@ def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values on every rank, in place where `tensor` is contiguous; returns the tensor."""
+    if active():
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def gather(value: T) -> list[T]:
     """Every rank's `value` (any small picklable object of our own making), by rank."""
     if not active():

@@ -23,7 +23,7 @@ Traits, given to the decorator:
     rounds              score-and-prune rounds of the published method (1)
     schedule            densities of the rounds (exponential)
     samples_per_class   training images of each class it scores on (10)
-    batches             number of scoring batches instead (None)
+    batches             number of scoring batches instead, or a function of the options that gives it (None)
     signed              whether low scores may be negative for a reason, as GraSP's are (False)
 
 The harness runs it with gradients cleared and restores gradients, buffers, training flags and random states afterwards;

@@ -18,7 +18,7 @@ from utils.system.errors import UserError
 Pair = tuple[Tensor, Tensor]
 
 
-@criterion("prospr", batchnorm="train", reads="train", batches=4)
+@criterion("prospr", batchnorm="train", reads="train", batches=lambda options: options["steps"] + 1)
 def prospr(
     model: nn.Module,
     masks: Masks,
