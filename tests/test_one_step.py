@@ -94,7 +94,7 @@ def test_every_model_family(name: str, root: Path, tmp_path: Path) -> None:
 
 
 def experiments() -> list[str]:
-    overlays = {"levels", "pruning", "training", "slurm", "recipe"}
+    overlays = {"levels", "pruning", "dynamic", "early", "training", "slurm", "recipe"}
     files = sorted((ROOT / "configs").rglob("*.yaml"))
     return [str(f.relative_to(ROOT)) for f in files if f.parent.name not in overlays]
 
@@ -106,8 +106,9 @@ def test_every_shipped_experiment(path: str, root: Path, tmp_path: Path) -> None
     given.pop("schedule", None)  # milestones and warm-ups of real length; tests/test_configs.py validates them
     name = given["data"]["name"]
     method = {"levels.count": 2, "levels.rewind_step": "0it"} if given["levels"].get("rewind") == "wr" else {}
-    if "count" in given["levels"]:
-        method["levels.count"] = min(2, int(given["levels"]["count"]))
+    if (count := given["levels"].get("count", "none")) != "none":
+        method["levels.count"] = min(2, int(count))
+    given.get("pruning", {}).pop("exclude", None)  # names of the config's own network
     keys = {"data.root": place(root, name), "run.root": str(tmp_path), "data.subset": 8}
     rows = one_step(build([given, {**SMALL, **keys, **method, "model.name": "cifar/resnet20"}]))
     assert rows
