@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
-from utils import files, levels
+from tests import levels_cases
+from tests.levels_cases import row, rows, run
+from utils import files
 from utils.masks import Masks
 from utils.params import Params
-from utils.params.load import build
-from utils.system.console import Console
-from utils.system.distributed import World
 from utils.system.errors import UserError
 from utils.system.rundir import RunDir
 
@@ -34,32 +32,7 @@ GMP = {"pruning__moment": "init", "pruning__density": 0.1, "dynamic__method": "g
 
 
 def config(root: Path, **keys: object) -> Params:
-    base = {
-        "run.root": str(root),
-        "data.name": "digits",
-        "data.loader": "device",
-        "data.subset": 160,
-        "data.val": 0.0,
-        "model.name": "cifar/resnet20",
-        "training.epochs": 2,
-        "training.batch_size": 40,
-        "training.precision": "float32",
-        "optimizer.lr": 0.05,
-    }
-    return build({**base, **{key.replace("__", "."): value for key, value in keys.items()}})
-
-
-def run(params: Params) -> RunDir:
-    return levels.Driver(params, World(), torch.device("cpu"), Console(main=False)).run()
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
-
-
-def row(directory: RunDir, level: int = 0) -> dict[str, str]:
-    return rows(directory.levels_csv)[level]
+    return levels_cases.config(root, 2, **keys)
 
 
 def epochs(directory: RunDir, column: str, level: int = 0) -> list[float | None]:

@@ -50,13 +50,18 @@ def prune(
     """
     from utils.params.pruning import Pruning
     from utils.pruning.harness import PruningHarness
+    from utils.system import distributed
 
     if masks is not None and section.get("exclude"):
         raise ValueError("give masks or exclude, not both: masks already say what is prunable")
     kept = list(batches)
-    if input_shape is None and kept and kept[0][0].ndim == 4:
-        _, channels, height, width = kept[0][0].shape
-        input_shape = channels, height, width
+    if input_shape is None:
+        # A rank without batches must know it too: it takes part in the scoring.
+        own: tuple[int, int, int] | None = None
+        if kept and kept[0][0].ndim == 4:
+            _, *sides = kept[0][0].shape
+            own = sides[0], sides[1], sides[2]
+        input_shape = next((shape for shape in distributed.gather(own) if shape is not None), None)
     more: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}
     keys = Pruning(criterion=criterion, allocation=allocation, density=density, **more)
     harness = PruningHarness(keys, seed=seed, loss=loss, input_shape=input_shape)

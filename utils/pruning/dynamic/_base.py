@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -60,7 +61,7 @@ class Setting:
     prune: Callable[[float, Masks], Masks] | None = None
 
 
-class MaskUpdates(Extension):
+class MaskUpdates(Extension, ABC):
     """Changes the masks at its update steps, in place of the optimizer's step. A method overrides `next_masks`."""
 
     def __init__(self, setting: Setting) -> None:
@@ -70,12 +71,12 @@ class MaskUpdates(Extension):
         self.weights: dict[str, nn.Parameter] = {name: named[name] for name in setting.sparsity.masks}
         self._updates, self._regrown = 0, 0
 
+    @abstractmethod
     def next_masks(self, step: int, masks: Masks) -> Masks:
         """The masks after the update of `step`, of the current ones; the same on all ranks.
 
         Called with autograd on, for a pruning may differentiate.
         """
-        raise NotImplementedError
 
     def needs_dense_grad(self, step: int) -> bool:
         """True at update steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import numpy as np
 import torch
@@ -33,9 +34,9 @@ class DropAndGrow(MaskUpdates):
             return fraction / 2 * (1 + math.cos(math.pi * point))
         return fraction * (1 - point) if self.section.decay == "linear" else fraction
 
+    @abstractmethod
     def growth_scores(self, name: str, weight: nn.Parameter, step: int) -> Tensor:
         """Scores for all places of one layer, in its shape; higher is grown. The same on all ranks, never NaN."""
-        raise NotImplementedError
 
     def key(self, *parts: object) -> int:
         """A seed that depends on the run's seed, the level and `parts`; equal on all ranks."""

@@ -10,6 +10,7 @@ A new trigger is one decorated class in a file of this package, `@trigger("name"
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Reading:
     value: float | None
 
 
-class Trigger:
+class Trigger(ABC):
     """Base class. The epochs finished, t, are the calls of `observe` so far, the current one included."""
 
     def __init__(self, model: nn.Module, density: float, threshold: float | None, window: int) -> None:
@@ -39,17 +40,17 @@ class Trigger:
         """
         self.density, self.threshold, self.window = density, threshold, window
 
+    @abstractmethod
     def observe(self, model: nn.Module) -> Reading:
         """Look at the model after an epoch; the reading is equal on all ranks. Call it on all of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold: CPU tensors by name, contiguous, sharing no memory with the live ones."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` returned. Raises UserError when it is another model's or another trigger's."""
-        raise NotImplementedError
 
 
 trigger: Registry[type[Trigger]] = Registry("trigger")
