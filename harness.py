@@ -6,10 +6,13 @@ torchrun harness.py --config configs/x.yaml [--config overlay.yaml ...] [--secti
 from __future__ import annotations
 
 import harness_params
+from utils.system.launcher import Launcher
 
 
 def main() -> None:
     """Read the config, then print its plan or run its levels."""
+    launcher = Launcher()
+    launcher.watch()
     params = harness_params.load_or_exit()
     # torch is imported only once the config is known to be good: a typo is told in under a second.
     import harness_utils
@@ -19,8 +22,8 @@ def main() -> None:
         return
     from utils import levels, reporting
 
-    with harness_utils.process(params) as here:
-        run = levels.Driver(params, here.world, here.device, here.console).run()
+    with harness_utils.process(params, launcher=launcher) as here:
+        run = levels.Driver(params, here.world, here.device, here.console, here.stopping).run()
         if here.world.main:
             rows = reporting.read_rows(run)
             here.console.line(f"\n{reporting.levels_table(rows)}\n")

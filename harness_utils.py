@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from utils.params import Params
-from utils.record import fail
+from utils.record import fail, write_status
 from utils.system import distributed
 from utils.system.console import Console
 from utils.system.distributed import World
-from utils.system.errors import EXIT_BAD_INPUT, UserError
+from utils.system.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Busy, Preempted, UserError
+from utils.system.launcher import Launcher
+from utils.system.stopping import LAUNCHER_GONE, Stopping
 
 QUIET_SECONDS = 5.0
 """How long the ranks beside local rank 0 keep an error that the user can mend to themselves."""
@@ -30,13 +33,20 @@ class Process:
     world: World
     device: torch.device
     console: Console
+    stopping: Stopping
 
 
 @contextlib.contextmanager
-def process(params: Params, prepare: Callable[[Params, World], None] | None = None) -> Iterator[Process]:
+def process(
+    params: Params, prepare: Callable[[Params, World], None] | None = None, launcher: Launcher | None = None
+) -> Iterator[Process]:
     """Run the body inside a process group that is always torn down; errors end the process, non-zero.
 
-    prepare: what is done before the group starts; by default what training needs.
+    prepare: what is done before the group starts; by default what training needs. launcher: watched already; its loss
+    asks for a stop.
+
+    SIGTERM and SIGUSR1 ask for a stop once the group has started; before, they end the process as ever. Who heeds them
+    raises Preempted on all ranks: one line, status.json says so, exit code `EXIT_PREEMPTED`.
 
     Wrong input is one line on stderr and exit code 2, anything else a traceback and exit code 1. A rank that fails ends
     at once: its peers wait in a collective it will never join, and torchrun stops them when it sees this one gone.
@@ -47,8 +57,17 @@ def process(params: Params, prepare: Callable[[Params, World], None] | None = No
         _settle_torch(params)
         (prepare or _prepare)(params, world)
         distributed.start(world, device, params.distributed.backend, params.distributed.timeout)
-        yield Process(world, device, Console(world.main))
+        stopping = Stopping(distributed.side_group(), late=device.type == "cuda")
+        stopping.install()
+        if launcher is not None:
+            launcher.on_loss(functools.partial(stopping.request, LAUNCHER_GONE))
+        yield Process(world, device, Console(world.main), stopping)
+        stopping.uninstall()
         distributed.stop()
+    except Preempted as stop:
+        _end_preempted(params, world, str(stop))
+    except Busy as error:
+        _end(params, world, f"sieve: {error}", EXIT_BAD_INPUT, ours=False)
     except UserError as error:
         _end(params, world, f"sieve: {error}", EXIT_BAD_INPUT)
     except KeyboardInterrupt:
@@ -108,15 +127,29 @@ def _settle_torch(params: Params) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _end(params: Params, world: World, message: str, code: int) -> None:
+def _end_preempted(params: Params, world: World, message: str) -> None:
+    """Write the state down before any rank leaves: torchrun ends the others as soon as one is gone."""
+    try:
+        distributed.from_main(functools.partial(write_status, params, "preempted", reason=message))
+    except Exception as error:  # the state is stored; that status.json does not say so is all that is lost
+        print(f"sieve: status.json: {error}", file=sys.stderr)
+    if world.main:
+        print(f"sieve: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_PREEMPTED)
+
+
+def _end(params: Params, world: World, message: str, code: int, ours: bool = True) -> None:
     if code == EXIT_BAD_INPUT and world.local_rank > 0:
         # What is wrong for all is told by local rank 0; torchrun ends this process when that one is gone. What is
         # wrong here alone is told a moment later.
         time.sleep(QUIET_SECONDS)
     prefix = f"[rank {world.rank}] " if world.local_rank > 0 else ""
     print(prefix + message, file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):
-        fail(params, message)
+    if ours:  # the state of a run that another process is at work on is its to tell
+        with contextlib.suppress(OSError):
+            fail(params, message)
     sys.stdout.flush()
     # Not sys.exit: leaving the group or joining a loader's thread can wait for a peer that waits for us.
     os._exit(code)

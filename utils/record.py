@@ -7,10 +7,11 @@ import functools
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -24,7 +25,7 @@ from utils.params.identity import run_id
 from utils.params.parsing import dump
 from utils.params.plan import SINGLE, Level, prunes_start
 from utils.system import environment
-from utils.system.atomic import sha256, write_json, write_text
+from utils.system.atomic import replacing, sha256, write_json, write_text
 from utils.system.cpus import allowed_cpus
 from utils.system.distributed import World, from_main
 from utils.system.errors import UserError
@@ -163,45 +164,64 @@ class Record:
         """Rebuild levels.csv and say whether the run is done, or which levels are."""
         reporting.rebuild(self.dir)
         done = [number for number in levels if self.dir.level(number).row.is_file()]
-        if len(done) == len(levels):
-            self.status("done")
-        else:
-            self.status("partial", levels=done)
+        whole, only = len(done) == len(levels), self.params.levels.only
+        write_json(self.dir.status, {"state": "done"} if whole else {"state": "partial", "levels": done})
+        if only is not None:
+            write_json(self.dir.level(only).status, {"state": "done"})
 
     def status(self, state: str, **more: Any) -> None:
-        """Write status.json."""
-        write_json(self.dir.status, {"state": state, **more})
+        """Write status.json, and that of the level when this process runs it alone."""
+        write_status(self.params, state, **more)
+
+
+def write_status(params: Params, state: str, **more: Any) -> None:
+    """Write status.json; of a process that runs one level alone, the level's too, which others do not overwrite."""
+    for path in _status_files(params):
+        write_json(path, {"state": state, **more})
 
 
 def fail(params: Params, reason: str) -> None:
     """Mark a run that is under way as failed. The first reason stays: the other ranks fail because one did."""
-    path = run_dir(params).status
-    try:
-        running = json.loads(path.read_text(encoding="utf-8"))["state"] == "running"
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if running:
-        write_json(path, {"state": "failed", "reason": reason})
+    for path in _status_files(params):
+        try:
+            running = json.loads(path.read_text(encoding="utf-8"))["state"] == "running"
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if running:
+            write_json(path, {"state": "failed", "reason": reason})
+
+
+def _status_files(params: Params) -> list[Path]:
+    """The level's own first: what its process reports is never lost to another task of the run."""
+    run, only = run_dir(params), params.levels.only
+    return [run.status] if only is None else [run.level(only).status, run.status]
 
 
 class EpochsCsv:
-    """epochs.csv, one row per epoch, on disk as the epoch ends. Without a path it writes nothing."""
+    """epochs.csv, one row per epoch, on disk as the epoch ends. Without a path it writes nothing.
 
-    def __init__(self, path: Path | None) -> None:
+    rows: of the epochs before; whatever else the file held is cut off.
+    """
+
+    def __init__(self, path: Path | None, rows: Sequence[Row] = ()) -> None:
         self.path = path
+        self._before = rows
 
     def __enter__(self) -> EpochsCsv:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = open(self.path, "w", newline="", encoding="utf-8")
-            self._writer = csv.DictWriter(self._handle, EPOCH_COLUMNS, extrasaction="ignore", lineterminator="\n")
-            self._writer.writeheader()
+            with replacing(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
+                _epochs_writer(handle).writeheader()
+                for row in self._before:
+                    _epochs_writer(handle).writerow(_cells(row))
+            self._handle = open(self.path, "a", newline="", encoding="utf-8")
+            self._writer = _epochs_writer(self._handle)
         return self
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row and flush it to disk. None becomes an empty cell."""
         if self.path is not None:
-            self._writer.writerow({key: "" if value is None else value for key, value in row.items()})
+            self._writer.writerow(_cells(row))
             self._handle.flush()
             os.fsync(self._handle.fileno())
 
@@ -210,6 +230,14 @@ class EpochsCsv:
     ) -> None:
         if self.path is not None:
             self._handle.close()
+
+
+def _epochs_writer(handle: TextIO) -> csv.DictWriter[str]:
+    return csv.DictWriter(handle, EPOCH_COLUMNS, extrasaction="ignore", lineterminator="\n")
+
+
+def _cells(row: Row) -> Row:
+    return {key: "" if value is None else value for key, value in row.items()}
 
 
 def _accuracies(rows: list[Row], final: Row) -> Row:

@@ -92,6 +92,7 @@ def _problems(params: Params, plan: bool) -> Iterator[str]:
     yield from _schedule(params)
     yield from _data(params)
     yield from _layer_densities(params)
+    yield from _keep(params)
     yield from method_checks.problems(params, plan)
     if plan:
         yield from _ignored(params, _PLAN_IGNORED)
@@ -201,6 +202,14 @@ def _data(params: Params) -> Iterator[str]:
             "lower it"
         )
     yield from _progressive(params)
+
+
+def _keep(params: Params) -> Iterator[str]:
+    run = params.run
+    if run.keep == "best" and not params.data.val:
+        yield "run.keep=best: needs validation images, never the test set; set data.val, e.g. 0.1"
+    if run.keep == "all" and run.checkpoint_epochs is None:
+        yield "run.keep=all: keeps the states of run.checkpoint_epochs, which is not set; set it, e.g. to 1"
 
 
 def _progressive(params: Params) -> Iterator[str]:

@@ -20,3 +20,16 @@ class Run:
     )
     deterministic: bool = param(False, "deterministic GPU kernels (slower; CPU runs always are)")
     threads: int | None = param(None, "torch threads per process; auto keeps OMP_NUM_THREADS or torch's own", low=1)
+    checkpoint_epochs: int | None = param(
+        None, "store the state inside a level every so many epochs", low=1, empty="none", hashed=False
+    )
+    checkpoint_minutes: float | None = param(
+        10.0, "store the state inside a level every so many minutes", above=0.0, empty="none", hashed=False
+    )
+    keep: str = param(
+        "last",
+        "checkpoints to keep; last: the newest two until their level is done; best: also the weights of the epoch with "
+        "the best validation accuracy; all: also the state after every epoch that stores one",
+        choices=("last", "best", "all"),
+        hashed=False,
+    )

@@ -60,7 +60,14 @@ def csv_text(rows: list[Row]) -> str:
 
 
 def rebuild(run: RunDir) -> list[Row]:
-    """Write levels.csv, atomically, from the rows that are there; returns them."""
+    """Write levels.csv, atomically, from the rows that are there; returns them.
+
+    Tasks of an array do so at the same time. Each looks again once it has written: whoever writes last has seen the
+    row of everybody who wrote before, so none is lost.
+    """
     rows = read_rows(run)
-    atomic.write_text(run.levels_csv, csv_text(rows))
-    return rows
+    while True:
+        atomic.write_text(run.levels_csv, csv_text(rows))
+        written, rows = rows, read_rows(run)
+        if rows == written:
+            return rows

@@ -55,8 +55,27 @@ class LevelDir:
 
     @property
     def checkpoint(self) -> Path:
-        """State inside the level (safetensors)."""
+        """Newest state inside the level (safetensors); gone once the level is done, unless run.keep says otherwise."""
         return self.path / "checkpoint.safetensors"
+
+    @property
+    def previous(self) -> Path:
+        """The checkpoint before the newest one."""
+        return self.path / "checkpoint.previous.safetensors"
+
+    def checkpoint_of(self, epoch: int) -> Path:
+        """The state after `epoch` (counted from 1), with run.keep=all."""
+        return self.path / f"checkpoint_{epoch:04d}.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """Weights of the epoch with the best validation accuracy, with run.keep=best (safetensors)."""
+        return self.path / "best.safetensors"
+
+    @property
+    def status(self) -> Path:
+        """State of a process that runs this level alone, as status.json is that of one that runs the plan."""
+        return self.path / "status.json"
 
     @property
     def row(self) -> Path:
