@@ -20,7 +20,7 @@ from utils.system.console import Console
 from utils.system.distributed import World
 from utils.system.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Busy, Preempted, UserError
 from utils.system.launcher import Launcher
-from utils.system.stopping import LAUNCHER_GONE, Stopping
+from utils.system.stopping import LAUNCHER_GONE, Never, Stopping
 
 QUIET_SECONDS = 5.0
 """How long the ranks beside local rank 0 keep an error that the user can mend to themselves."""
@@ -33,7 +33,7 @@ class Process:
     world: World
     device: torch.device
     console: Console
-    stopping: Stopping
+    stopping: Never
 
 
 @contextlib.contextmanager
@@ -42,11 +42,11 @@ def process(
 ) -> Iterator[Process]:
     """Run the body inside a process group that is always torn down; errors end the process, non-zero.
 
-    prepare: what is done before the group starts; by default what training needs. launcher: watched already; its loss
-    asks for a stop.
+    prepare: what is done before the group starts; by default what training needs.
 
-    SIGTERM and SIGUSR1 ask for a stop once the group has started; before, they end the process as ever. Who heeds them
-    raises Preempted on all ranks: one line, status.json says so, exit code `EXIT_PREEMPTED`.
+    launcher: given by a body that asks `stopping` between its steps and raises Preempted, on all ranks: one line,
+    status.json says so, exit code `EXIT_PREEMPTED`. Once the group has started, the loss of the launcher, SIGTERM and
+    SIGUSR1 then ask for a stop; before that, and without a launcher, signals end the process as ever.
 
     Wrong input is one line on stderr and exit code 2, anything else a traceback and exit code 1. A rank that fails ends
     at once: its peers wait in a collective it will never join, and torchrun stops them when it sees this one gone.
@@ -57,12 +57,8 @@ def process(
         _settle_torch(params)
         (prepare or _prepare)(params, world)
         distributed.start(world, device, params.distributed.backend, params.distributed.timeout)
-        stopping = Stopping(distributed.side_group(), late=device.type == "cuda")
-        stopping.install()
-        if launcher is not None:
-            launcher.on_loss(functools.partial(stopping.request, LAUNCHER_GONE))
-        yield Process(world, device, Console(world.main), stopping)
-        stopping.uninstall()
+        with _heeding(launcher, device) as stopping:
+            yield Process(world, device, Console(world.main), stopping)
         distributed.stop()
     except Preempted as stop:
         _end_preempted(params, world, str(stop))
@@ -75,6 +71,19 @@ def process(
     except Exception as error:  # the last stop of every error: report it, leave non-zero
         traceback.print_exc()
         _end(params, world, f"sieve: {type(error).__name__}: {error}", 1)
+
+
+@contextlib.contextmanager
+def _heeding(launcher: Launcher | None, device: torch.device) -> Iterator[Never]:
+    """Let signals and the loss of the launcher ask for a stop; without a launcher nobody asks."""
+    if launcher is None:
+        yield Never()
+        return
+    stopping = Stopping(distributed.side_group(), late=device.type == "cuda")
+    stopping.install()
+    launcher.on_loss(functools.partial(stopping.request, LAUNCHER_GONE))
+    yield stopping
+    stopping.uninstall()
 
 
 def leave() -> None:

@@ -34,14 +34,14 @@ from utils.system.distributed import World
 from utils.system.errors import Preempted, UserError
 from utils.system.locks import Lock
 from utils.system.rundir import LevelDir, RunDir
-from utils.system.stopping import Never
+from utils.system.stopping import Never, Stopped
 from utils.tasks.classification import ImageClassification
 from utils.training import checkpoint
 from utils.training.extension import Extension
 from utils.training.optimizers import build_optimizer
 from utils.training.parallel import synchronise_batchnorm, to_channels_last
 from utils.training.schedules import lr_at
-from utils.training.trainer import Row, Stage, Stopped, Trainer
+from utils.training.trainer import Row, Stage, Trainer
 
 
 class Driver:

@@ -22,7 +22,8 @@ from utils.params.parsing import dump
 GOLDEN_VERSION = 2
 
 DEFAULTS = """
-run: {root: runs, name: sieve, seed: 0, plan: false, device: auto, deterministic: false, threads: auto}
+run: {root: runs, name: sieve, seed: 0, plan: false, device: auto, deterministic: false, threads: auto,
+      checkpoint_epochs: none, checkpoint_minutes: 10.0, keep: last}
 model: {name: cifar/resnet20, pretrained: ''}
 data:
   {name: cifar10, root: data, betons: auto, loader: ffcv, download: true, val: 0.1, subset: none, split_seed: 0,
@@ -57,7 +58,8 @@ distributed: {backend: auto, timeout: 600.0, find_unused_parameters: false, sync
 
 UNHASHED = {
     "run.root", "run.plan", "data.betons", "data.download", "data.workers", "data.os_cache", "training.compile",
-    "training.check_every", "levels.only", "distributed.backend", "distributed.timeout",
+    "training.check_every", "levels.only", "run.checkpoint_epochs",
+    "run.checkpoint_minutes", "run.keep", "distributed.backend", "distributed.timeout",
 }  # fmt: skip
 
 GOLDEN: list[tuple[dict[str, Any], str]] = [

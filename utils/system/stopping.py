@@ -32,6 +32,14 @@ SAME_REQUEST = 2.0
 directly and through its launcher."""
 
 
+class Stopped(Exception):
+    """All ranks agreed to stop at a point where there is nothing to store."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"stopped by {reason}")
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Poll:
     """What the ranks agreed on: why to stop (None: go on), and whether something is due on any of them."""

@@ -1,8 +1,4 @@
-"""Checkpoints inside a level: the whole state of training in one safetensors file, put back bit for bit.
-
-Tensors go by name: `model.<key>` (weights and buffers of rank 0), `optimizer.<parameter>.<key>`, `mask.<parameter>`,
-`extension.<i>.<name>`, and what each rank has of its own, `rank<r>.rng`, `rank<r>.device_rng`, `rank<r>.totals` and
-`rank<r>.buffer.<name>`. Everything else is JSON in the file's metadata. Nothing in the file is executed.
+"""Checkpoints inside a level: the whole state of training, put back bit for bit.
 
 numpy's and Python's generators are not in it: nothing in training draws from them.
 """
@@ -10,17 +6,14 @@ numpy's and Python's generators are not in it: nothing in training draws from th
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils import files, params
@@ -35,28 +28,7 @@ from utils.system.rundir import LevelDir
 from utils.training.averaging import ExponentialAverage
 from utils.training.optimizers import load_optimizer_state, optimizer_state
 from utils.training.progress import Keeper, Live, Progress
-
-FORMAT = "sieve-checkpoint-1"
-_PROGRESS = ("epoch", "step", "rows", "row", "lr", "size", "images", "seconds", "waited")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A checkpoint that was read: its tensors, and its JSON part."""
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-    facts: Mapping[str, Any]
-
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with `prefix`, without it."""
-        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
-
-    @property
-    def notes(self) -> dict[str, Any]:
-        """What the level's driver had noted."""
-        notes: dict[str, Any] = self.facts["notes"]
-        return notes
+from utils.training.snapshot import PROGRESS, Snapshot, read, write
 
 
 class Checkpoints(Keeper):
@@ -129,7 +101,7 @@ class Checkpoints(Keeper):
         facts = snapshot.facts
         _put(self.model, live, snapshot)
         progress = live.progress
-        for name in _PROGRESS:
+        for name in PROGRESS:
             setattr(progress, name, facts[name])
         same = facts["ranks"] == self.world.size
         if same:
@@ -235,7 +207,7 @@ class Checkpoints(Keeper):
             tensors |= {f"extension.{index}.{name}": t for name, t in state.items()}
         for rank, part in enumerate(own):
             tensors |= {f"rank{rank}.{name}": t for name, t in part.items()}
-        facts = {name: getattr(live.progress, name) for name in _PROGRESS}
+        facts = {name: getattr(live.progress, name) for name in PROGRESS}
         facts |= {
             "level": self.level,
             "key": self.key,
@@ -261,57 +233,10 @@ class Checkpoints(Keeper):
             distributed.from_main(save)
 
 
-def write(path: Path, previous: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a checkpoint to `path`; the one there before moves to `previous` once the new one was read back whole."""
-    stored = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-    # safetensors refuses two names for one memory.
-    stored = {n: t.clone() if t.data_ptr() == tensors[n].data_ptr() else t for n, t in stored.items()}
-    metadata = {"format": FORMAT, "digest": files.digest(stored), "state": json.dumps(facts)}
-    with replacing(path) as temporary:
-        save_file(stored, str(temporary), metadata)
-        read(temporary)
-        if path.exists():
-            os.replace(path, previous)
-
-
-def read(path: Path) -> Snapshot:
-    """Read a checkpoint. Raises UserError that names a file which is damaged, truncated or no checkpoint."""
-    tensors, metadata = files.load_tensors(path)
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this version")
-    if metadata.get("digest") != files.digest(tensors):
-        raise UserError(f"{path}: damaged, its tensors are not those that were written")
-    try:
-        facts = json.loads(metadata["state"])
-        _check_facts(facts)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its state cannot be read ({' '.join(str(error).split())})") from error
-    return Snapshot(path, tensors, facts)
-
-
 def remove(place: LevelDir) -> None:
     """Remove the checkpoints of a level that is done."""
     for path in (place.checkpoint, place.previous):
         path.unlink(missing_ok=True)
-
-
-def _check_facts(facts: Any) -> None:
-    """Raise ValueError unless the JSON part has the types its readers rely on."""
-    if not isinstance(facts, dict):
-        raise ValueError("no object")
-    kinds: dict[str, Any] = {
-        **dict.fromkeys(("epoch", "step", "images", "level", "ranks"), int),
-        **dict.fromkeys(("seconds", "waited"), (int, float)),
-        "lr": (int, float, type(None)), "size": (int, type(None)), "row": (dict, type(None)), "rows": list,
-        "key": str, "scaler": dict, "extensions": list, "notes": dict,
-    }  # fmt: skip
-    for name, kind in kinds.items():
-        if not isinstance(facts.get(name), kind) or name not in facts:
-            raise ValueError(f"{name} is {facts.get(name)!r}")
-    if facts["epoch"] < 0 or facts["step"] < 0 or not 1 <= facts["ranks"] <= 1 << 20:
-        raise ValueError("impossible position")
-    if not all(isinstance(row, dict) for row in facts["rows"]):
-        raise ValueError("rows are no objects")
 
 
 def _put(model: nn.Module, live: Live, snapshot: Snapshot) -> None:

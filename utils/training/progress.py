@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from utils.sparsity import Sparsity
 from utils.training.extension import Extension
 
-if TYPE_CHECKING:
-    from utils.training.trainer import Stage
-
 Row = dict[str, Any]
+
+
+@dataclass
+class Stage:
+    """One level's training. Extensions may change `epochs` and `lr` while it runs; both are read anew every time.
+
+    epochs      length of the schedule; training ends at its last step. May change up to the end of the last epoch;
+                images that grow with training then follow the new length
+    start       optimizer step training begins at (`wr` continues the schedule of the rewind step)
+    lr          learning rate at a step
+    marks       step -> called once the step's predecessors are done and before the step itself (rewind points)
+    """
+
+    level: int
+    epochs: int
+    lr: Callable[[int], float]
+    start: int = 0
+    marks: dict[int, Callable[[], None]] = field(default_factory=dict)
 
 
 @dataclass

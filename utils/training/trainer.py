@@ -7,10 +7,8 @@ the device; they are looked at every `training.check_every` steps and reduced ov
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -24,43 +22,18 @@ from utils.files import state_of
 from utils.sparsity import Sparsity
 from utils.system.console import Console
 from utils.system.distributed import World, gather, sum_over_ranks
-from utils.system.errors import Preempted, UserError
-from utils.system.stopping import Never
+from utils.system.errors import Preempted
+from utils.system.stopping import Never, Stopped
 from utils.tasks.classification import ImageClassification
 from utils.training import precision
 from utils.training.averaging import ExponentialAverage
 from utils.training.batchnorm import average_statistics, averaged_statistics
 from utils.training.extension import Extension
 from utils.training.parallel import warm, wrap
-from utils.training.progress import Keeper, Live, Progress, Row
+from utils.training.progress import Keeper, Live, Progress, Row, Stage
+from utils.training.watch import Clock, LossWatch
 
-__all__ = ["Row", "Stage", "Stopped", "Trainer"]
-
-
-class Stopped(Exception):
-    """All ranks agreed to stop in the middle of an evaluation."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-@dataclass
-class Stage:
-    """One level's training. Extensions may change `epochs` and `lr` while it runs; both are read anew every time.
-
-    epochs      length of the schedule; training ends at its last step. May change up to the end of the last epoch;
-                images that grow with training then follow the new length
-    start       optimizer step training begins at (`wr` continues the schedule of the rewind step)
-    lr          learning rate at a step
-    marks       step -> called once the step's predecessors are done and before the step itself (rewind points)
-    """
-
-    level: int
-    epochs: int
-    lr: Callable[[int], float]
-    start: int = 0
-    marks: dict[int, Callable[[], None]] = field(default_factory=dict)
+__all__ = ["Row", "Stage", "Trainer"]
 
 
 class Trainer:
@@ -122,7 +95,7 @@ class Trainer:
         same step and with the state stored, when a stop was asked for.
         """
         self.scaler = precision.scaler(self.device, self.dtype)
-        self._recent: list[tuple[int, float, torch.Tensor]] = []
+        self.losses = LossWatch(stage.level, self.world.rank, self.scaler.is_enabled())
         keeper = keeper or Keeper()
         progress = Progress(stage.start // self.steps_per_epoch, stage.start)
         live = Live(stage, optimizer, sparsity, extensions, self.scaler, progress)
@@ -150,7 +123,7 @@ class Trainer:
         assert progress.totals is not None
         self.loaders.train.set_epoch(stage.level, epoch, start_batch=first * accumulation, size=progress.size)
         self.model.train()
-        clock = _Clock(self.device)
+        clock = Clock(self.device)
         count = (self.steps_per_epoch - first) * accumulation
         label = f"level {stage.level} epoch {epoch + 1}/{stage.epochs}"
         batches = self.console.progress(clock.waits(self.loaders.train), count, label) if count else iter(())
@@ -167,12 +140,12 @@ class Trainer:
                 progress.step += 1
                 progress.images += self.section.batch_size
                 if progress.step % self.section.check_every == 0:
-                    self._check_losses(progress.totals, stage, keeper)
+                    self.losses.check(progress.totals, keeper.last())
                 self._mark(stage, progress.step)
                 self._poll(live, keeper, clock)
         if progress.step != (epoch + 1) * self.steps_per_epoch:
             raise RuntimeError(f"the loader ended after {number + 1} of {count} batches")
-        self._check_losses(progress.totals, stage, keeper)
+        self.losses.check(progress.totals, keeper.last())
         clock.stop(progress)
 
     def _begin_epoch(self, live: Live) -> None:
@@ -215,13 +188,13 @@ class Trainer:
         row["seconds"] = progress.seconds + time.perf_counter() - begin
         progress.row = row
 
-    def _poll(self, live: Live, keeper: Keeper, clock: _Clock) -> None:
+    def _poll(self, live: Live, keeper: Keeper, clock: Clock) -> None:
         """Between two steps: store the state when the ranks agree that it is time, and end when they agree to stop."""
         answer = self.stopping.poll(keeper.due())
         if not (answer.stop or answer.due):
             return
         assert live.progress.totals is not None
-        self._check_losses(live.progress.totals, live.stage, keeper)
+        self.losses.check(live.progress.totals, keeper.last())
         clock.stop(live.progress)
         if answer.stop:
             self._preempt(live, keeper, answer.stop)
@@ -239,8 +212,8 @@ class Trainer:
             with precision.autocast(self.device, self.dtype):
                 loss, logits = self.task.loss(self.wrapped, batch, key)
             self.scaler.scale(loss / self.section.accumulation).backward()
-        self._recent.append((step, lr, loss.detach()))
-        self.task.accumulate(totals, loss, logits, batch[1])
+        with self.losses.counted(totals, step, lr, loss.detach()):
+            self.task.accumulate(totals, loss, logits, batch[1])
 
     def _reduction(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         no_sync = getattr(self.wrapped, "no_sync", None)
@@ -330,19 +303,6 @@ class Trainer:
         """The model's state with BatchNorm statistics averaged over ranks; the model itself stays as it is."""
         return state_of(self.model) | averaged_statistics(self.model)
 
-    def _check_losses(self, totals: torch.Tensor, stage: Stage, keeper: Keeper) -> None:
-        """Raise UserError naming the first step whose loss was NaN or infinite since the last look."""
-        recent, self._recent = self._recent, []
-        # The sum keeps a NaN or an infinity, so a look now and then misses none.
-        if math.isfinite(float(totals[0])):
-            return
-        bad = ((step, lr, value) for step, lr, loss in recent if not math.isfinite(value := float(loss)))
-        step, lr, value = next(bad, (None, 0.0, float(totals[0])))
-        raise UserError(
-            f"level {stage.level}, step {step}, rank {self.world.rank}: the loss became {value} at learning rate "
-            f"{lr:g}; {keeper.last()}; lower optimizer.lr, add schedule.warmup or training.clip"
-        )
-
     def _mark(self, stage: Stage, step: int) -> None:
         if step in stage.marks:
             stage.marks[step]()
@@ -359,32 +319,3 @@ class Trainer:
         with precision.autocast(self.device, self.dtype):
             loss = wrapped(images).float().sum()
         loss.backward()
-
-
-class _Clock:
-    """Wall time of an epoch and the part of it spent waiting for data."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.begin = time.perf_counter()
-        self.waited = 0.0
-
-    def waits(self, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The loader's batches, timing each wait."""
-        iterator = iter(loader)
-        while True:
-            begin = time.perf_counter()
-            batch = next(iterator, None)
-            self.waited += time.perf_counter() - begin
-            if batch is None:
-                return
-            yield batch
-
-    def stop(self, progress: Progress) -> None:
-        """Add the time since the last look, and the part of it waited, to the epoch's, once the device is idle."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        progress.seconds += now - self.begin
-        progress.waited += self.waited
-        self.begin, self.waited = now, 0.0
