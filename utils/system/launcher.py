@@ -17,7 +17,7 @@ from utils.system.errors import EXIT_PREEMPTED
 INTERVAL = 0.5
 """Seconds between two looks."""
 
-GRACE = 8.0
+GRACE = 7.0
 """Seconds a worker has to store its state once its launcher is gone."""
 
 

@@ -52,6 +52,7 @@ class Lock:
         before = _newest(self.folder)
         if before is not None and self._alive(before):
             raise self._busy(before)
+        gone = None if before is None else describe(_read(before))
         self._make(_number(before) + 1 if before is not None else 1)
         # Who made another file meanwhile sees ours, or we see theirs.
         for other in _locks(self.folder):
@@ -62,7 +63,7 @@ class Lock:
             if other != self._path:
                 other.unlink(missing_ok=True)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
-        return None if before is None else describe(_read(before))
+        return gone
 
     def check(self) -> None:
         """Raise Busy when another process has taken the lock over, as it may after a long pause of this one."""
