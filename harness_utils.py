@@ -157,7 +157,7 @@ def _end(params: Params, world: World, message: str, code: int, ours: bool = Tru
     prefix = f"[rank {world.rank}] " if world.local_rank > 0 else ""
     print(prefix + message, file=sys.stderr, flush=True)
     if ours:  # the state of a run that another process is at work on is its to tell
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             fail(params, message)
     sys.stdout.flush()
     # Not sys.exit: leaving the group or joining a loader's thread can wait for a peer that waits for us.
