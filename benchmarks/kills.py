@@ -71,11 +71,11 @@ class Trials:
             self._compare(whole, root)
         last = self.folder / f"killed_{len(self.finished)}"
         if last.exists():
-            jobs.Job(last, self.ranks, base=kills.KEYS).finish(600.0)
+            jobs.Job(last, self.ranks).finish(600.0)
             self._compare(whole, last)
 
     def _whole(self) -> dict[str, Any]:
-        job = jobs.Job(self.folder / "whole", self.ranks, base=kills.KEYS)
+        job = jobs.Job(self.folder / "whole", self.ranks)
         job.finish(600.0)
         return jobs.everything(job.run)
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,19 @@ TINY = (
 )
 """Three levels on digits, a second or so an epoch of eight to ten steps."""
 
+FULL = (
+    *TINY,
+    "--training.epochs=4",
+    "--run.checkpoint_epochs=1",
+    "--run.checkpoint_minutes=0.004",  # some within an epoch
+    "--pruning.criterion=taylor",  # reads data, so that pruning lasts and needs all ranks
+    "--pruning.rounds=8",
+    "--levels.rewind=wr",
+    "--levels.rewind_step=1ep3it",
+    "--training.ema=0.9",
+)
+"""The same, with everything written that a run can write."""
+
 LEAVING = 10.0
 """Seconds within which the workers of a killed agent are gone."""
 
@@ -50,7 +63,7 @@ class Job:
         *keys: str,
         launcher: Sequence[str] = ("--standalone",),
         prefix: Sequence[str] = (),
-        base: Sequence[str] = TINY,
+        base: Sequence[str] = FULL,
         log: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -112,12 +125,12 @@ class Job:
         assert code == 0, f"exit code {code}\n{self.output[-4000:]}"
         return self.output
 
-    def wait_for(self, text: str, timeout: float = 120.0) -> None:
-        """Wait until the output holds `text`."""
+    def wait_for(self, condition: str | Callable[[str], object], timeout: float = 120.0) -> None:
+        """Wait until the output holds a text, or fulfils a condition."""
         limit = time.monotonic() + timeout
-        while text not in self.output:
-            assert self.agent.poll() is None, f"ended before {text!r}\n{self.output[-4000:]}"
-            assert time.monotonic() < limit, f"no {text!r} within {timeout} s\n{self.output[-4000:]}"
+        while not (condition in self.output if isinstance(condition, str) else condition(self.output)):
+            assert self.agent.poll() is None, f"ended before {condition!r}\n{self.output[-4000:]}"
+            assert time.monotonic() < limit, f"no {condition!r} within {timeout} s\n{self.output[-4000:]}"
             time.sleep(0.02)
 
     def signal(self, number: int, *pids: int) -> None:

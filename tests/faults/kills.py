@@ -17,22 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.faults.inotify import Event, Watch
-from tests.faults.jobs import LEAVING, TINY, Job
+from tests.faults.jobs import LEAVING, Job
 from utils.system.rundir import RunDir
-
-KEYS = (
-    *TINY,
-    "--training.epochs=4",
-    "--run.checkpoint_epochs=1",
-    "--run.checkpoint_minutes=0.004",  # some within an epoch
-    "--pruning.criterion=taylor",  # reads data, so that pruning lasts and needs all ranks
-    "--pruning.rounds=8",
-    "--levels.rewind=wr",
-    "--levels.rewind_step=1ep3it",
-    "--training.ema=0.9",
-)
-"""Three levels in which everything that is written is written."""
-
 
 @dataclass(frozen=True)
 class Aim:
@@ -119,7 +105,7 @@ def fire(shot: Shot, root: Path, ranks: int, keys: Sequence[str] = (), timeout: 
     """
     root.mkdir(parents=True, exist_ok=True)
     with Watch(root) as watch:
-        job = Job(root, ranks, *keys, base=KEYS)
+        job = Job(root, ranks, *keys)
         try:
             targets = _await(shot, job, watch, timeout)
             for pid in targets or ():
