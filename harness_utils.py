@@ -57,7 +57,7 @@ def process(
         _settle_torch(params)
         (prepare or _prepare)(params, world)
         distributed.start(world, device, params.distributed.backend, params.distributed.timeout)
-        with _heeding(launcher, device) as stopping:
+        with _heeding(launcher, device, params.distributed.timeout) as stopping:
             yield Process(world, device, Console(world.main), stopping)
         distributed.stop()
     except Preempted as stop:
@@ -74,12 +74,12 @@ def process(
 
 
 @contextlib.contextmanager
-def _heeding(launcher: Launcher | None, device: torch.device) -> Iterator[Never]:
+def _heeding(launcher: Launcher | None, device: torch.device, timeout: float) -> Iterator[Never]:
     """Let signals and the loss of the launcher ask for a stop; without a launcher nobody asks."""
     if launcher is None:
         yield Never()
         return
-    stopping = Stopping(distributed.side_group(), late=device.type == "cuda")
+    stopping = Stopping(distributed.side_group(timeout), late=device.type == "cuda")
     stopping.install()
     launcher.on_loss(functools.partial(stopping.request, LAUNCHER_GONE))
     yield stopping

@@ -48,7 +48,11 @@ def describe(params: Params, world: World) -> str:
     copies = 1 + (params.training.ema is not None)
     rewind = 4 * (weights + buffers) * (1 + STATES.get(params.optimizer.name, 2)) if params.levels.rewind == "wr" else 0
     disk = len(plan) * (4 * copies * (weights + buffers) + prunable) + rewind
-    lines.append(f"disk           {_megabytes(disk)} for weights and masks of {len(plan)} level(s)")
+    state = 4 * (weights + buffers) + 4 * weights * (STATES.get(params.optimizer.name, 2) + copies - 1) + prunable
+    lines.append(
+        f"disk           {_megabytes(disk)} for weights and masks of {len(plan)} level(s), and up to "
+        f"{_megabytes(3 * state)} for the checkpoints of the one that trains"
+    )
     tensors = 2 + STATES.get(params.optimizer.name, 2) + (params.training.ema is not None)
     memory = 4 * weights * tensors + 4 * prunable + 4 * (weights + buffers)
     lines.append(

@@ -74,11 +74,14 @@ def start(place: World, device: torch.device, backend: str = "auto", timeout: fl
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **options)
 
 
-def side_group() -> dist.ProcessGroup | None:
-    """A new group of all ranks over gloo, for small CPU tensors that no device must wait for; None for one process."""
+def side_group(timeout: float = 600.0) -> dist.ProcessGroup | None:
+    """A new group of all ranks over gloo, for small CPU tensors that no device must wait for; None for one process.
+
+    timeout: seconds a collective of it may wait for another rank.
+    """
     if not active() or dist.get_world_size() == 1:
         return None
-    group: Any = dist.new_group(backend="gloo")
+    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
     return None if isinstance(group, int) else group
 
 
