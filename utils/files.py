@@ -34,9 +34,12 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
 
 
 def write_file(path: Path, stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """safetensors' `save_file`, which tells a full disk as OSError like everybody else."""
+    """safetensors' `save_file`, which tells a full disk as OSError and leaves a file with the modes of any other."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(dict(stored), str(path), dict(metadata))
+        path.chmod(mode)  # newer releases write to a temporary of their own that nobody else may read
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:

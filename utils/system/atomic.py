@@ -31,7 +31,7 @@ _LIBRARY = re.compile(r"\.tmp\w{6}")
 _MENDS = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some space of your quota and run the same command again",
-    errno.EROFS: "the file system is read-only; make it writable and run the same command again",
+    errno.EROFS: "make it writable and run the same command again",
     errno.EACCES: "permit writing there and run the same command again",
     errno.EPERM: "permit writing there and run the same command again",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f) and run the same command again",
