@@ -33,6 +33,8 @@ class Watch:
         if self._handle < 0:
             raise OSError(ctypes.get_errno(), "inotify_init1")
         self.root = root
+        self.last: Event | None = None
+        """The newest event seen."""
         self._folders: dict[int, Path] = {}
         for _ in self._add(root):
             pass
@@ -63,7 +65,8 @@ class Watch:
                 continue
             for bit, kind in _NAMES.items():
                 if mask & bit:
-                    yield Event(kind, str(path.relative_to(self.root)))
+                    self.last = Event(kind, str(path.relative_to(self.root)))
+                    yield self.last
 
     def _add(self, folder: Path) -> Iterator[Event]:
         watch = self._libc.inotify_add_watch(self._handle, os.fsencode(folder), MODIFY | MOVED_TO | CREATE)
