@@ -168,7 +168,9 @@ def _end_lost(params: Params, world: World, error: Exception) -> NoReturn:
     """End a rank that lost another: in one line, and only where no launcher stops it first, for the lost one's own
     words are what matters."""
     reason = f"{error}".strip().rpartition("] ")[2].partition("\n")[0].rstrip(".")
-    message = f"sieve: rank {world.rank} lost another rank ({reason}); the same command goes on from the last checkpoint"
+    message = (
+        f"sieve: rank {world.rank} lost another rank ({reason}); the same command goes on from the last checkpoint"
+    )
     with contextlib.suppress(OSError, UserError):
         fail(params, message)
     time.sleep(QUIET_SECONDS)

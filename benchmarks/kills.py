@@ -1,9 +1,9 @@
 """`python -m benchmarks.kills`: a run killed dozens of times, against the run that was not.
 
-The long form of tests/faults/test_kills.py, for each number of ranks: one run is left alone; others are killed at seeded
-random moments and started again with the same command until they are done, as many as it takes for all shots to hit.
-Every finished run is compared with the first, byte for byte, timing columns apart. What happened goes to hits.jsonl
-under --out as it happens: the command can be stopped and given again. Prints what was hit, as two tables.
+The long form of tests/faults/test_kills.py, for each number of ranks: one run is left alone; others are killed at
+seeded random moments and started again with the same command until they are done, as many as it takes for all shots to
+hit. Every finished run is compared with the first, byte for byte, timing columns apart. What happened goes to
+hits.jsonl under --out as it happens: the command can be stopped and given again. Prints what was hit, as two tables.
 """
 
 from __future__ import annotations
@@ -95,7 +95,11 @@ def tables(trials: Sequence[Trials]) -> str:
         met = collections.Counter(hit["found"] for hit in hits if hit["aim"] == aim)
         text = ", ".join(f"{what} {count}" for what, count in met.most_common())
         lines.append(f"| {aim} | {sum(met.values())} | {text} |")
-    lines += ["", "| ranks | kills | of rank 0, last rank, launcher, everything | runs | that differ |", "|" + "---|" * 5]
+    lines += [
+        "",
+        "| ranks | kills | rank 0, last rank, launcher, everything | runs | that differ |",
+        "|" + "---|" * 5,
+    ]
     for each in trials:
         victims = collections.Counter(hit["victim"] for hit in each.hits)
         split = ", ".join(str(victims[name]) for name in ("rank 0", "last rank", "launcher", "everything"))

@@ -1,4 +1,4 @@
-"""Runs under torchrun as their users start them: in processes of their own, found, killed and waited for from outside."""
+"""Runs under torchrun as their users start them: processes that are found, killed and waited for from outside."""
 
 from __future__ import annotations
 

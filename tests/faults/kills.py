@@ -20,6 +20,7 @@ from tests.faults.inotify import Event, Watch
 from tests.faults.jobs import LEAVING, Job
 from utils.system.rundir import RunDir
 
+
 @dataclass(frozen=True)
 class Aim:
     """What a shot waits for: an event of `kind` on a path that matches, any of the first `upto` since the start; then
@@ -99,7 +100,7 @@ def shots(seed: int, counts: dict[str, int] | None = None) -> list[Shot]:
 
 
 def fire(shot: Shot, root: Path, ranks: int, keys: Sequence[str] = (), timeout: float = 240.0) -> Hit | None:
-    """Start the run in `root` and kill it as the shot says. None when it was done before; `root` may hold a stopped run.
+    """Start the run in `root`, or start it again, and kill it as the shot says. None when it was done before that.
 
     Raises AssertionError when the run ends otherwise, or processes are left behind.
     """

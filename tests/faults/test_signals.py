@@ -61,7 +61,8 @@ def stop(job: Job, name: str, whom: Callable[[Job], list[int]]) -> str:
         job.end()
     status = json.loads(job.run.status.read_text())
     assert status["state"] == "preempted", job.output[-3000:]
-    where = re.fullmatch(rf"stopped by {name}; the same command goes on from (level \d epoch \d+ step \d+)", status["reason"])
+    told = rf"stopped by {name}; the same command goes on from (level \d epoch \d+ step \d+)"
+    where = re.fullmatch(told, status["reason"])
     assert where, status
     assert job.output.count(f"sieve: {status['reason']}\n") == 1
     assert "levels.py" not in job.output, "a worker's traceback"

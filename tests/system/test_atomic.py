@@ -122,7 +122,10 @@ def test_who_takes_a_level_over_clears_up(tmp_path: Path) -> None:
     Lock(tmp_path, "").tidy()
     assert names(tmp_path) == ["lock.1.json"], "the lock of a process that lives"
     lock.release()
-    code = "import os, sys\nfrom pathlib import Path\nfrom utils.system.locks import Lock\nLock(Path(sys.argv[1]), '').acquire()\nos.kill(os.getpid(), 9)"
+    code = (
+        "import os, pathlib, sys\nfrom utils.system.locks import Lock\n"
+        "Lock(pathlib.Path(sys.argv[1]), '').acquire()\nos.kill(os.getpid(), 9)"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).resolve().parents[2])
     assert names(tmp_path) == ["lock.1.json"]
     Lock(tmp_path, "").tidy()
