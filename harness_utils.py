@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -69,6 +70,8 @@ def process(
     except KeyboardInterrupt:
         _end(params, world, "sieve: interrupted", 130)
     except Exception as error:  # the last stop of every error: report it, leave non-zero
+        if _lost(error):
+            _end_lost(params, world, error)
         traceback.print_exc()
         _end(params, world, f"sieve: {type(error).__name__}: {error}", 1)
 
@@ -82,7 +85,13 @@ def _heeding(launcher: Launcher | None, device: torch.device, timeout: float) ->
     stopping = Stopping(distributed.side_group(timeout), late=device.type == "cuda")
     stopping.install()
     launcher.on_loss(functools.partial(stopping.request, LAUNCHER_GONE))
-    yield stopping
+    try:
+        yield stopping
+    except Preempted:
+        raise  # signals stay noted until status.json says so
+    except BaseException:
+        stopping.uninstall()  # nobody asks any more: torchrun's SIGTERM ends us at once
+        raise
     stopping.uninstall()
 
 
@@ -151,6 +160,26 @@ def _end_preempted(params: Params, world: World, message: str) -> None:
     os._exit(EXIT_PREEMPTED)
 
 
+def _lost(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone, or does not answer."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    return isinstance(error, RuntimeError) and any(sign in f"{error}" for sign in signs)
+
+
+def _end_lost(params: Params, world: World, error: Exception) -> NoReturn:
+    """End a rank that lost another: in one line, and only where no launcher stops it first, for the lost one's own
+    words are what matters."""
+    reason = f"{error}".strip().rpartition("] ")[2].partition("\n")[0].rstrip(".")
+    message = (
+        f"sieve: rank {world.rank} lost another rank ({reason}); the same command goes on from the last checkpoint"
+    )
+    with contextlib.suppress(OSError, UserError):
+        fail(params, message)
+    time.sleep(QUIET_SECONDS)
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def _end(params: Params, world: World, message: str, code: int, ours: bool = True) -> None:
     if code == EXIT_BAD_INPUT and world.local_rank > 0:
         # What is wrong for all is told by local rank 0; torchrun ends this process when that one is gone. What is
@@ -159,7 +188,7 @@ def _end(params: Params, world: World, message: str, code: int, ours: bool = Tru
     prefix = f"[rank {world.rank}] " if world.local_rank > 0 else ""
     print(prefix + message, file=sys.stderr, flush=True)
     if ours:  # the state of a run that another process is at work on is its to tell
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             fail(params, message)
     sys.stdout.flush()
     # Not sys.exit: leaving the group or joining a loader's thread can wait for a peer that waits for us.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,21 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
         # safetensors refuses two names for one memory; a copy of our own is never shared.
         stored[name] = copy.clone() if copy.data_ptr() == tensor.data_ptr() else copy
     with replacing(path) as temporary:
-        save_file(stored, str(temporary), dict(metadata))
+        write_file(temporary, stored, metadata)
+
+
+def write_file(path: Path, stored: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """safetensors' `save_file`, which tells a full disk as OSError and leaves a file with the modes of any other."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(stored), str(path), dict(metadata))
+        path.chmod(mode)  # newer releases write to a temporary of their own that nobody else may read
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:

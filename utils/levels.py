@@ -142,6 +142,8 @@ class Driver:
         if place.mask.exists() and source_of(place.mask) == source:
             if self.params.run.keep != "all":
                 checkpoint.remove(place)
+            if not ours:
+                Lock(place.path, "").tidy()
             return True
         if ours:
             self.console.line(f"level {level.number}: was made from other weights, running it again")

@@ -25,7 +25,7 @@ from utils.params.identity import run_path
 from utils.params.parsing import dump
 from utils.params.plan import SINGLE, Level, prunes_start
 from utils.system import environment
-from utils.system.atomic import replacing, sha256, write_json, write_text
+from utils.system.atomic import explaining, replacing, sha256, sweep, write_json, write_text
 from utils.system.cpus import allowed_cpus
 from utils.system.distributed import World, from_main
 from utils.system.errors import UserError
@@ -97,6 +97,7 @@ class Record:
 
     def start(self) -> None:
         """Open the run. Raises UserError when its directory was filled from other inputs, naming which."""
+        sweep(self.dir.path)
         if self.dir.environment.is_file():
             self._compare()
         else:
@@ -221,15 +222,17 @@ class EpochsCsv:
     def write(self, row: dict[str, Any]) -> None:
         """Append a row and flush it to disk. None becomes an empty cell."""
         if self.path is not None:
-            self._writer.writerow(_cells(row))
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
+            with explaining(self.path):
+                self._writer.writerow(_cells(row))
+                self._handle.flush()
+                os.fsync(self._handle.fileno())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.path is not None:
-            self._handle.close()
+            with explaining(self.path):  # a full disk refuses what is left in the buffer once more
+                self._handle.close()
 
 
 def _epochs_writer(handle: TextIO) -> csv.DictWriter[str]:

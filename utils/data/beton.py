@@ -66,7 +66,7 @@ def write(source: Source, path: Path, spec: DataSpec, workers: int, progress: bo
     digest = source.digest()  # before any image is read: one that changes meanwhile must not pass for what was written
     bar = Progress(path, len(labels), progress)
     try:
-        with atomic.replacing(path) as temporary:
+        with atomic.replacing(path, "free some space or set data.betons") as temporary:
             with open(temporary, "wb") as handle:
                 write_images(handle, source, encoder, max(1, min(workers, allowed_cpus())), bar)
             sidecar = {
@@ -82,8 +82,6 @@ def write(source: Source, path: Path, spec: DataSpec, workers: int, progress: bo
             }
             # An older sidecar must never stand beside a newer file.
             sidecar_of(path).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({one_line(error)}); free some space or set data.betons") from error
     finally:
         bar.close()
     atomic.write_json(sidecar_of(path), sidecar)

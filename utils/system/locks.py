@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from utils.system import atomic
 from utils.system.errors import Busy, UserError
 
 HEARTBEAT = 15.0
@@ -48,7 +49,8 @@ class Lock:
 
         Raises Busy naming the owner when there is one alive.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic.explaining(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         before = _newest(self.folder)
         if before is not None and self._alive(before):
             raise self._busy(before)
@@ -62,6 +64,7 @@ class Lock:
         for other in _locks(self.folder):
             if other != self._path:
                 other.unlink(missing_ok=True)
+        atomic.sweep(self.folder, owned=True)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
         return gone
 
@@ -78,8 +81,16 @@ class Lock:
         """Let others in."""
         self._stop.set()
         if self._path is not None:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # left on a disk that cannot be written, it names a dead owner
+                self._path.unlink(missing_ok=True)
             self._path = None
+
+    def tidy(self) -> None:
+        """Remove what dead owners left of their locks, for a folder that nobody needs to own any more."""
+        for path in _locks(self.folder):
+            if not self._alive(path):
+                path.unlink(missing_ok=True)
+        atomic.sweep(self.folder)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -92,21 +103,24 @@ class Lock:
 
     def _make(self, number: int) -> None:
         path = self.folder / f"lock.{number}.json"
-        temporary = self.folder / f".lock.{self._token}.tmp"
-        temporary.write_text(json.dumps(_identity(self._token)), encoding="utf-8")
+        temporary = atomic.temporary_of(path)
         try:
+            with atomic.explaining(path):
+                temporary.write_text(json.dumps(_identity(self._token)), encoding="utf-8")
             os.link(temporary, path)
         except FileExistsError:
             raise self._busy(path) from None
         except OSError:
             # A file system without links.
-            try:
-                with open(path, "x", encoding="utf-8") as handle:
-                    handle.write(temporary.read_text(encoding="utf-8"))
-            except FileExistsError:
-                raise self._busy(path) from None
+            with atomic.explaining(path):
+                try:
+                    with open(path, "x", encoding="utf-8") as handle:
+                        handle.write(temporary.read_text(encoding="utf-8"))
+                except FileExistsError:
+                    raise self._busy(path) from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         self._path = path
 
     def _beat(self) -> None:
@@ -230,7 +244,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _age(path: Path) -> float:
     """Seconds since the last heartbeat by the clock of the file system, which the hosts share."""
-    probe = path.with_name(f".lock.{uuid.uuid4().hex}.tmp")
+    probe = atomic.temporary_of(path)
     try:
         probe.touch()
         return max(0.0, probe.stat().st_mtime - path.stat().st_mtime)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from utils import files
@@ -52,7 +51,7 @@ def write(path: Path, previous: Path, tensors: Mapping[str, Tensor], facts: Mapp
     stored = {n: t.clone() if t.data_ptr() == tensors[n].data_ptr() else t for n, t in stored.items()}
     metadata = {"format": FORMAT, "digest": files.digest(stored), "state": json.dumps(facts)}
     with replacing(path) as temporary:
-        save_file(stored, str(temporary), metadata)
+        files.write_file(temporary, stored, metadata)
         read(temporary)
         if path.exists():
             os.replace(path, previous)
