@@ -6,7 +6,9 @@ torchrun harness.py --config configs/x.yaml [--config overlay.yaml ...] [--secti
 from __future__ import annotations
 
 import harness_params
+from utils.params.identity import run_path
 from utils.system.launcher import Launcher
+from utils.system.rundir import RunDir
 
 
 def main() -> None:
@@ -14,6 +16,9 @@ def main() -> None:
     launcher = Launcher()
     launcher.watch()
     params = harness_params.load_or_exit()
+    if params.run.where:
+        print(RunDir(run_path(params)).status_of(params.levels.only))
+        return
     # torch is imported only once the config is known to be good: a typo is told in under a second.
     import harness_utils
 

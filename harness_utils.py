@@ -125,10 +125,12 @@ def _prepare(params: Params, world: World) -> None:
     from utils import data, models
     from utils.feasibility import check_method
     from utils.params.checks import check_ranks
+    from utils.waiting import wait_for_source
 
     check_ranks(params, world.size)
     models.check_name(params.model.name)
     check_method(params)
+    wait_for_source(params, world)
     # Before the process group starts: writing .beton files can outlast any sensible collective timeout.
     data.prepare(params)
 

@@ -10,6 +10,7 @@ from utils.feasibility import build_model, check_pruning, check_steps
 from utils.masks import Masks
 from utils.models.pretrained import local_file
 from utils.params import Params
+from utils.params.array import tasks
 from utils.params.checks import check_ranks
 from utils.params.plan import Level, level_plan
 from utils.pruning.harness import with_start
@@ -45,6 +46,8 @@ def describe(params: Params, world: World) -> str:
     else:
         total = per_epoch * sum(level.epochs for level in plan)
         lines.append(f"steps          {total:,} at most ({per_epoch:,} per epoch, {world.size} rank(s))")
+    if params.run.array:
+        lines.append(f"array          --array=0-{tasks(params) - 1}")
     copies = 1 + (params.training.ema is not None)
     rewind = 4 * (weights + buffers) * (1 + STATES.get(params.optimizer.name, 2)) if params.levels.rewind == "wr" else 0
     disk = len(plan) * (4 * copies * (weights + buffers) + prunable) + rewind

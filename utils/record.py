@@ -21,7 +21,7 @@ from utils.data import Loaders, default_workers
 from utils.masks import Masks
 from utils.models.pretrained import local_file
 from utils.params import Params
-from utils.params.identity import run_id
+from utils.params.identity import run_path
 from utils.params.parsing import dump
 from utils.params.plan import SINGLE, Level, prunes_start
 from utils.system import environment
@@ -58,7 +58,7 @@ class Outcome:
 
 def run_dir(params: Params) -> RunDir:
     """The directory of the run this config names."""
-    return RunDir(Path(params.run.root) / run_id(params))
+    return RunDir(run_path(params))
 
 
 class Record:
@@ -105,7 +105,7 @@ class Record:
             record |= environment.describe(self._world, self._device)
             write_json(self.dir.environment, record)
         # What this process alone was asked for is left out: passed back, the file runs the whole plan.
-        run, levels = replace(self.params.run, plan=False), replace(self.params.levels, only=None)
+        run, levels = replace(self.params.run, plan=False), replace(self.params.levels, only=None, wait=0.0)
         whole = replace(self.params, run=run, levels=levels)
         write_text(self.dir.config, yaml.safe_dump(dump(whole), sort_keys=False))
         self.status("running")
@@ -193,9 +193,9 @@ def fail(params: Params, reason: str) -> None:
 
 
 def _status_files(params: Params) -> list[Path]:
-    """The level's own first: what its process reports is never lost to another task of the run."""
-    run, only = run_dir(params), params.levels.only
-    return [run.status] if only is None else [run.level(only).status, run.status]
+    """What its process reports of a level is never lost to another task of the run."""
+    own, run = run_dir(params).status_of(params.levels.only), run_dir(params).status
+    return [run] if own == run else [own, run]
 
 
 class EpochsCsv:

@@ -104,6 +104,10 @@ class RunDir:
         """running, preempted, failed or done."""
         return self.path / "status.json"
 
+    def status_of(self, level: int | None) -> Path:
+        """Where a process writes its state: one that runs `level` alone has a file of its own."""
+        return self.status if level is None else self.level(level).status
+
     @property
     def levels_csv(self) -> Path:
         """One row per finished level."""
