@@ -63,6 +63,8 @@ def hosts() -> Iterator[tuple[Host, Host]]:
                 _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.interface)
                 _ip("-n", host.name, "link", "set", "lo", "up")
                 host.cable("up")
+                # torchrun reads from its store without a limit of its own; TCP's is a quarter of an hour by default.
+                subprocess.run([*host.prefix, "sh", "-c", "echo 5 > /proc/sys/net/ipv4/tcp_retries2"], check=True)
         except OSError as error:
             pytest.skip(f"network namespaces cannot be made here: {error}")
         yield pair[0], pair[1]
