@@ -33,10 +33,13 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(params: Params, prepare: Callable[[Params, World], None] | None = None) -> Iterator[Process]:
+def process(
+    params: Params, prepare: Callable[[Params, World], None] | None = None, own: bool = True
+) -> Iterator[Process]:
     """Run the body inside a process group that is always torn down; errors end the process, non-zero.
 
     prepare: what is done before the group starts; by default what training needs.
+    own: whether the process is the run's own, whose errors fail the run; one that only reads it leaves it alone.
 
     Wrong input is one line on stderr and exit code 2, anything else a traceback and exit code 1. A rank that fails ends
     at once: its peers wait in a collective it will never join, and torchrun stops them when it sees this one gone.
@@ -50,12 +53,12 @@ def process(params: Params, prepare: Callable[[Params, World], None] | None = No
         yield Process(world, device, Console(world.main))
         distributed.stop()
     except UserError as error:
-        _end(params, world, f"sieve: {error}", EXIT_BAD_INPUT)
+        _end(params if own else None, world, f"sieve: {error}", EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        _end(params, world, "sieve: interrupted", 130)
+        _end(params if own else None, world, "sieve: interrupted", 130)
     except Exception as error:  # the last stop of every error: report it, leave non-zero
         traceback.print_exc()
-        _end(params, world, f"sieve: {type(error).__name__}: {error}", 1)
+        _end(params if own else None, world, f"sieve: {type(error).__name__}: {error}", 1)
 
 
 def leave() -> None:
@@ -108,15 +111,16 @@ def _settle_torch(params: Params) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _end(params: Params, world: World, message: str, code: int) -> None:
+def _end(params: Params | None, world: World, message: str, code: int) -> None:
     if code == EXIT_BAD_INPUT and world.local_rank > 0:
         # What is wrong for all is told by local rank 0; torchrun ends this process when that one is gone. What is
         # wrong here alone is told a moment later.
         time.sleep(QUIET_SECONDS)
     prefix = f"[rank {world.rank}] " if world.local_rank > 0 else ""
     print(prefix + message, file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):
-        fail(params, message)
+    if params is not None:
+        with contextlib.suppress(OSError):
+            fail(params, message)
     sys.stdout.flush()
     # Not sys.exit: leaving the group or joining a loader's thread can wait for a peer that waits for us.
     os._exit(code)

@@ -99,7 +99,7 @@ def load_weights(path: str | Path, model: torch.nn.Module | None = None) -> dict
     """
     if model is None:
         return load_tensors(path)[0]
-    own = {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
+    own = _shapes(state_of(model))
     tensors = load_tensors(path, lambda shapes: _fit(own, shapes, str(path)))[0]
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
@@ -114,13 +114,17 @@ def put_weights(model: torch.nn.Module, state: Mapping[str, torch.Tensor], sourc
     Raises UserError naming the first key that is missing, unknown or of another shape.
     """
     own = state_of(model)
-    _fit(*({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (own, state)), source)
+    _fit(_shapes(own), _shapes(state), source)
     for name, tensor in own.items():
         if tensor.is_floating_point() != state[name].is_floating_point():
             kinds = f"{state[name].dtype}, the model's is {tensor.dtype}"
             raise UserError(f"{source}: {name!r} is of {kinds}; use weights of this model")
     for name, tensor in own.items():
         tensor.copy_(state[name])
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _fit(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], source: str) -> None:

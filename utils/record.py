@@ -112,7 +112,7 @@ class Record:
         write_text(self.dir.config, yaml.safe_dump(dump(whole), sort_keys=False))
         self.status("running")
 
-    def _seeds(self) -> dict[str, int]:
+    def _seeds(self) -> dict[str, Any]:
         run, data = self.params.run, self.params.data
         return {"run": run.seed, "order": self.settled["order_seed"], "split": data.split_seed}
 

@@ -43,7 +43,7 @@ class Tensors:
         for name in sorted(self.entries):
             entry = self.entries[name]
             sha.update(f"{name}\0torch.{_TORCH[entry.kind]}\0{entry.shape}\0".encode())
-            sha.update(self.raw[name])
+            sha.update(self.raw[name].data)
         return sha.hexdigest()
 
     @property

@@ -91,7 +91,7 @@ class LevelChecks:
         if self.params is None:
             return
         params = self.params
-        expected = {
+        expected: dict[str, Any] = {
             "seed": params.run.seed, "model": params.model.name, "dataset": params.data.name,
             "moment": params.pruning.moment, "dynamic": params.dynamic.method,
         }  # fmt: skip
