@@ -7,6 +7,8 @@ safetensors reader is the stock model's.
 from __future__ import annotations
 
 import hashlib
+import struct
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +26,10 @@ _TYPES = {
     "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32, "U64": torch.uint64,
     "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
+
+
+MOST_WRAPPERS = 8
+"""Dicts around a state_dict that are looked into: a pickled dict may hold itself."""
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -70,6 +76,36 @@ def _read(path: str | Path, handle: BinaryIO, name: str, entry: tensor_file.Entr
     if entry.kind == "BOOL" and entry.size and int(values.max()) > 1:
         raise tensor_file.broken(path, f"{name!r} holds bytes that are neither true nor false")
     return values.view(_TYPES[entry.kind]).reshape(entry.shape)
+
+
+def check_archive(path: Path) -> None:
+    """Raise UserError for a torch.save archive that would unpack to more than it is: torch.save compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, UnicodeDecodeError, struct.error) as error:
+        raise UserError(f"{path}: not a whole file of torch.save ({' '.join(str(error).split())})") from error
+    stored = sum(entry.file_size for entry in entries)
+    if stored > path.stat().st_size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise UserError(f"{path}: unpacks to {stored} bytes, which torch.save does not write; save it anew")
+
+
+def check_foreign(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raise UserError for a tensor out of `path` that is no plain one, or claims more values than the file can hold.
+
+    A pickle may give any shape to a single stored value (strides of 0); the first operation would then fill memory.
+    """
+    size = path.stat().st_size
+    if tensor.layout is not torch.strided:
+        # Sparse: what it is once dense; a thousand times the file is beyond any mask or weight worth storing so.
+        size *= 1000
+    elif tensor.is_quantized or tensor.is_nested or tensor.device.type != "cpu":
+        raise UserError(f"{path}: {name!r} is no plain tensor; save plain tensors")
+    if tensor.numel() * tensor.element_size() > size:
+        shape = "x".join(map(str, tensor.shape))
+        raise UserError(f"{path}: {name!r} claims to be {shape}, more than the file holds; save it contiguous")
 
 
 def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
