@@ -39,11 +39,15 @@ class Process:
 
 @contextlib.contextmanager
 def process(
-    params: Params, prepare: Callable[[Params, World], None] | None = None, launcher: Launcher | None = None
+    params: Params,
+    prepare: Callable[[Params, World], None] | None = None,
+    launcher: Launcher | None = None,
+    own: bool = True,
 ) -> Iterator[Process]:
     """Run the body inside a process group that is always torn down; errors end the process, non-zero.
 
     prepare: what is done before the group starts; by default what training needs.
+    own: whether the process is the run's own, whose errors fail the run; one that only reads it leaves it alone.
 
     launcher: given by a body that asks `stopping` between its steps and raises Preempted, on all ranks: one line,
     status.json says so, exit code `EXIT_PREEMPTED`. Once the group has started, the loss of the launcher, SIGTERM and
@@ -64,16 +68,16 @@ def process(
     except Preempted as stop:
         _end_preempted(params, world, str(stop))
     except Busy as error:
-        _end(params, world, f"sieve: {error}", EXIT_BAD_INPUT, ours=False)
+        _end(None, world, f"sieve: {error}", EXIT_BAD_INPUT)
     except UserError as error:
-        _end(params, world, f"sieve: {error}", EXIT_BAD_INPUT)
+        _end(params if own else None, world, f"sieve: {error}", EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        _end(params, world, "sieve: interrupted", 130)
+        _end(params if own else None, world, "sieve: interrupted", 130)
     except Exception as error:  # the last stop of every error: report it, leave non-zero
         if _lost(error):
-            _end_lost(params, world, error)
+            _end_lost(params if own else None, world, error)
         traceback.print_exc()
-        _end(params, world, f"sieve: {type(error).__name__}: {error}", 1)
+        _end(params if own else None, world, f"sieve: {type(error).__name__}: {error}", 1)
 
 
 @contextlib.contextmanager
@@ -166,28 +170,29 @@ def _lost(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in f"{error}" for sign in signs)
 
 
-def _end_lost(params: Params, world: World, error: Exception) -> NoReturn:
+def _end_lost(params: Params | None, world: World, error: Exception) -> NoReturn:
     """End a rank that lost another: in one line, and only where no launcher stops it first, for the lost one's own
     words are what matters."""
     reason = f"{error}".strip().rpartition("] ")[2].partition("\n")[0].rstrip(".")
     message = (
         f"sieve: rank {world.rank} lost another rank ({reason}); the same command goes on from the last checkpoint"
     )
-    with contextlib.suppress(OSError, UserError):
-        fail(params, message)
+    if params is not None:
+        with contextlib.suppress(OSError, UserError):
+            fail(params, message)
     time.sleep(QUIET_SECONDS)
     print(message, file=sys.stderr, flush=True)
     os._exit(1)
 
 
-def _end(params: Params, world: World, message: str, code: int, ours: bool = True) -> None:
+def _end(params: Params | None, world: World, message: str, code: int) -> None:
     if code == EXIT_BAD_INPUT and world.local_rank > 0:
         # What is wrong for all is told by local rank 0; torchrun ends this process when that one is gone. What is
         # wrong here alone is told a moment later.
         time.sleep(QUIET_SECONDS)
     prefix = f"[rank {world.rank}] " if world.local_rank > 0 else ""
     print(prefix + message, file=sys.stderr, flush=True)
-    if ours:  # the state of a run that another process is at work on is its to tell
+    if params is not None:  # the state of a run that another process is at work on is its to tell
         with contextlib.suppress(OSError, UserError):
             fail(params, message)
     sys.stdout.flush()

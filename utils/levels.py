@@ -256,7 +256,7 @@ class Driver:
         path = self.dir.level(level.source).weights
         if not distributed.exists(path):
             raise UserError(f"{path}: missing, level {level.number} prunes it; run level {level.source} again")
-        return files.load_weights(path)
+        return files.load_weights(path, self.model)
 
     def _pruned_accuracy(self, level: Level, source: dict[str, torch.Tensor], masks: Masks) -> float | None:
         """Test accuracy right after pruning, before rewinding and training; None where nothing trained was pruned."""

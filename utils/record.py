@@ -29,7 +29,8 @@ from utils.system.atomic import explaining, replacing, sha256, sweep, write_json
 from utils.system.cpus import allowed_cpus
 from utils.system.distributed import World, from_main
 from utils.system.errors import UserError
-from utils.system.rundir import RunDir
+from utils.system.json_file import read_json
+from utils.system.rundir import RunDir, planted_links
 
 Row = dict[str, Any]
 
@@ -97,24 +98,34 @@ class Record:
 
     def start(self) -> None:
         """Open the run. Raises UserError when its directory was filled from other inputs, naming which."""
+        if links := planted_links(self.dir):
+            raise UserError(f"{links[0]}: is a symbolic link; a run keeps its files itself: remove the link")
         sweep(self.dir.path)
+        here = environment.describe(self._world, self._device)
         if self.dir.environment.is_file():
-            self._compare()
+            record = self._compare()
         else:
-            record = {"inputs": self.inputs, "auto": self.settled}
-            record |= environment.describe(self._world, self._device)
-            write_json(self.dir.environment, record)
+            record = {"inputs": self.inputs, "auto": self.settled, "seeds": self._seeds(), **here, "starts": []}
+        record["starts"] = [*record.get("starts", []), environment.start_of(here)][-environment.MOST_STARTS :]
+        write_json(self.dir.environment, record)
         # What this process alone was asked for is left out: passed back, the file runs the whole plan.
         run, levels = replace(self.params.run, plan=False), replace(self.params.levels, only=None, wait=0.0)
         whole = replace(self.params, run=run, levels=levels)
         write_text(self.dir.config, yaml.safe_dump(dump(whole), sort_keys=False))
         self.status("running")
 
-    def _compare(self) -> None:
+    def _seeds(self) -> dict[str, Any]:
+        run, data = self.params.run, self.params.data
+        return {"run": run.seed, "order": self.settled["order_seed"], "split": data.split_seed}
+
+    def _compare(self) -> dict[str, Any]:
+        """The record there is, once its inputs are found to be this process's."""
         path = self.dir.environment
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))["inputs"]
-        except (ValueError, KeyError, TypeError) as error:
+            record: dict[str, Any] = read_json(path)
+            before = {str(name): value for name, value in record["inputs"].items()}
+            record["starts"] = list(record.get("starts", []))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not readable; remove the run directory or use another run.name") from error
         for name in sorted(before.keys() | self.inputs.keys()):
             old, new = before.get(name), self.inputs.get(name)
@@ -123,6 +134,7 @@ class Record:
                     f"{self.dir.path}: {name} was {_short(old)} when this run began and is {_short(new)} now; "
                     "restore it, or use another run.name"
                 )
+        return record
 
     def level_row(self, level: Level, outcome: Outcome) -> Row:
         """The level's row of levels.csv, without its `seconds`."""
@@ -291,5 +303,5 @@ def _digest(path: str) -> str:
     return sha256(Path(path))
 
 
-def _short(value: str | None) -> str:
-    return "absent" if value is None else value[:16]
+def _short(value: Any) -> str:
+    return "absent" if value is None else str(value)[:16]

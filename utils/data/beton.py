@@ -27,8 +27,12 @@ from utils.data.spec import DataSpec
 from utils.system import atomic
 from utils.system.cpus import allowed_cpus
 from utils.system.errors import EXIT_BAD_INPUT, UserError
+from utils.system.json_file import read_json
 
 SIDECAR_FORMAT = 1
+
+SIDECAR_LIMIT = 8 << 20
+"""Bytes a sidecar may have: those of some hundred thousand class names."""
 
 
 def writer_parameters(spec: DataSpec) -> dict[str, Any]:
@@ -211,7 +215,7 @@ def _lock(spec: DataSpec, path: Path) -> Iterator[None]:
 def _read_sidecar(path: Path) -> dict[str, Any]:
     place = sidecar_of(path)
     try:
-        sidecar = json.loads(place.read_text(encoding="utf-8"))
+        sidecar = read_json(place, SIDECAR_LIMIT)
         wanted = {"samples": int, "classes": list, "histogram": list, "writer": dict, "bytes": int, "sha256": str}
         whole = sidecar["format"] == SIDECAR_FORMAT and all(isinstance(sidecar[k], kind) for k, kind in wanted.items())
     except (OSError, ValueError, KeyError, TypeError):

@@ -128,3 +128,10 @@ class RunDir:
             return []
         found = (re.fullmatch(r"level_(\d{2,})", entry.name) for entry in self.path.iterdir() if entry.is_dir())
         return sorted(int(match[1]) for match in found if match)
+
+
+def planted_links(run: RunDir) -> list[Path]:
+    """Symbolic links among a run's files and level folders: whatever is written through one lies outside the run."""
+    inside = [run.path, *(run.level(number).path for number in run.levels())]
+    found = {entry for folder in inside if folder.is_dir() for entry in folder.iterdir() if entry.is_symlink()}
+    return sorted(found)
