@@ -34,8 +34,14 @@ def start(hosts: tuple[Host, Host], folder: Path) -> tuple[Job, Job]:
     """The same command on both, writing to the same folder, which each host calls by a name of its own."""
     first, found = hosts[0], []
     for number, host in enumerate(hosts):
-        rendezvous = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={first.address}:29533", "--rdzv-id=test",
-                      f"--rdzv-conf=is_host={int(number == 0)},read_timeout=5", f"--local-addr={host.address}")  # fmt: skip
+        rendezvous = (
+            "--nnodes=2",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={first.address}:29533",
+            "--rdzv-id=test",
+            f"--rdzv-conf=is_host={int(number == 0)},read_timeout=5",
+            f"--local-addr={host.address}",
+        )
         root = folder / "runs" if number == 0 else folder / "runs" / ".." / "runs"
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         found.append(
