@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,11 @@ class Job:
         with open(self.log, "rb") as handle:
             handle.seek(self._from)
             return handle.read().decode(errors="replace")
+
+    @property
+    def traceback(self) -> bool:
+        """Whether a traceback leads through our code; torchrun has one of its own for every error."""
+        return re.search(rf'File "{re.escape(str(ROOT))}/(harness|utils)', self.output) is not None
 
     @property
     def run(self) -> RunDir:
