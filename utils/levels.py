@@ -155,8 +155,9 @@ class Driver:
         self.sparsity.set(masks)
         self._agree(f"level {level.number} start")
         stage = Stage(level.number, level.epochs, self._rate(level), start, self.rewinding.marks(level, optimizer))
-        extensions = assemble(self.params, level, stage, self.trainer, self.masks, masks)
+        extensions = assemble(self.params, level, stage, self.trainer, self.masks, masks, optimizer)
         rows = self._train(stage, optimizer, extensions.all, place)
+        extensions.close()
         digest = self._agree(f"level {level.number} end")
         final = rows[-1] if rows else self.trainer.evaluate_all(extensions.all)
         masks = self.sparsity.masks
