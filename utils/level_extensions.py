@@ -15,6 +15,7 @@ from utils.pruning import dynamic, triggers
 from utils.pruning.midrun import MidRunPruning
 from utils.training.averaging import ExponentialAverage
 from utils.training.extension import Extension
+from utils.training.gradient_norms import GradientNorms
 from utils.training.recipe import stock
 from utils.training.recipe.ghost import GhostSkips
 from utils.training.recipe.rescale import RescaledInitialisation
@@ -60,6 +61,10 @@ def assemble(
     """
     found = LevelExtensions()
     found.all += _recipes(params, level, stage, trainer, masks, optimizer)
+    if params.training.gradient_norms:
+        out = masks_of.run.level(level.number).gradients if trainer.world.main else None
+        steps = params.training.gradient_norms
+        found.all.append(GradientNorms(trainer.model, steps, stage.start, lambda: trainer.scaler.get_scale(), out))
     if params.training.ema is not None:
         found.average = ExponentialAverage(trainer.model, params.training.ema)
         found.average.masks_changed(masks)
