@@ -14,6 +14,8 @@ from utils.pruning.dynamic import UpdateSteps
 from utils.pruning.harness import with_start
 from utils.rewinding import check_rewind, rewinds_to_step
 from utils.system.errors import UserError
+from utils.training.recipe.ramp import span
+from utils.training.recipe.soft import soften
 from utils.training.schedules import lr_at
 
 
@@ -25,7 +27,7 @@ def build_model(params: Params, spec: DataSpec, pretrained: str, seed: int | Non
     others = {"data.eval_size": spec.eval_size}
     if (first := spec.size_at(0.0)) is not None:
         others["data.progressive_size"] = first
-    return models.build(
+    network = models.build(
         params.model.name,
         spec.classes,
         pretrained=pretrained,
@@ -33,6 +35,7 @@ def build_model(params: Params, spec: DataSpec, pretrained: str, seed: int | Non
         other_sizes=others,
         seed=params.run.seed if seed is None else seed,
     )
+    return soften(network, params.recipe)
 
 
 def check_method(params: Params) -> None:
@@ -77,10 +80,26 @@ def check_steps(params: Params, plan: list[Level], steps_per_epoch: int) -> None
     for level in plan:
         if level.epochs:
             lr_at(0, params.schedule, params.optimizer.lr, level.epochs * steps_per_epoch, steps_per_epoch)
+    _check_recipes(params, plan, steps_per_epoch)
     check_rewind(params, plan, steps_per_epoch)
     _check_within(params, plan, steps_per_epoch)
     if params.levels.finetune_lr is None and not plan[0].epochs and any(p.rewind == "none" and p.epochs for p in plan):
         raise UserError("levels.finetune_lr: level 0 trains 0 epochs and has no last learning rate; set one")
+
+
+def _check_recipes(params: Params, plan: list[Level], steps_per_epoch: int) -> None:
+    """Ramps must lie within the shortest level that trains."""
+    recipe, totals = params.recipe, [level.epochs * steps_per_epoch for level in plan if level.epochs]
+    ramps = []
+    if recipe.soft.kind is not None and not recipe.soft.keep:
+        ramps.append(("recipe.soft", recipe.soft.hold, recipe.soft.end))
+    if recipe.ghost.kind is not None:
+        ramps.append(("recipe.ghost", recipe.ghost.hold, recipe.ghost.end))
+    if recipe.smoothing.schedule in ("linear", "step"):
+        ramps.append(("recipe.smoothing", recipe.smoothing.hold, recipe.smoothing.end))
+    for key, hold, end in ramps:
+        if totals:
+            span(key, hold, end, min(totals), steps_per_epoch)
 
 
 def _check_within(params: Params, plan: list[Level], steps_per_epoch: int) -> None:

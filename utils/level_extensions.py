@@ -1,9 +1,11 @@
-"""What acts while a level trains: averaging, mask updates, pruning in mid-training."""
+"""What acts while a level trains: recipes, averaging, mask updates, pruning in mid-training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import torch
 
 from utils.level_masks import LevelMasks
 from utils.masks import Masks
@@ -13,6 +15,12 @@ from utils.pruning import dynamic, triggers
 from utils.pruning.midrun import MidRunPruning
 from utils.training.averaging import ExponentialAverage
 from utils.training.extension import Extension
+from utils.training.gradient_norms import GradientNorms
+from utils.training.recipe import stock
+from utils.training.recipe.ghost import GhostSkips
+from utils.training.recipe.rescale import RescaledInitialisation
+from utils.training.recipe.smoothing import LabelSmoothing
+from utils.training.recipe.soft import SoftActivations
 from utils.training.schedules import lr_at
 from utils.training.trainer import Stage, Trainer
 
@@ -32,15 +40,31 @@ class LevelExtensions:
         """Optimizer step of a pruning in mid-training; None where none happened."""
         return self.midrun.pruned_at_step if self.midrun is not None else None
 
+    def close(self) -> None:
+        """The level has trained: the model and the task are left as without extensions."""
+        for extension in reversed(self.all):
+            extension.close()
+
 
 def assemble(
-    params: Params, level: Level, stage: Stage, trainer: Trainer, masks_of: LevelMasks, masks: Masks
+    params: Params,
+    level: Level,
+    stage: Stage,
+    trainer: Trainer,
+    masks_of: LevelMasks,
+    masks: Masks,
+    optimizer: torch.optim.Optimizer,
 ) -> LevelExtensions:
     """The extensions a config asks for. `stage` is the level's training, which an early pruning may prolong.
 
     masks: those training begins with, already attached, with the weights of that moment in the model.
     """
     found = LevelExtensions()
+    found.all += _recipes(params, level, stage, trainer, masks, optimizer)
+    if params.training.gradient_norms:
+        out = masks_of.run.level(level.number).gradients if trainer.world.main else None
+        steps = params.training.gradient_norms
+        found.all.append(GradientNorms(trainer.model, steps, stage.start, lambda: trainer.scaler.get_scale(), out))
     if params.training.ema is not None:
         found.average = ExponentialAverage(trainer.model, params.training.ema)
         found.average.masks_changed(masks)
@@ -53,11 +77,35 @@ def assemble(
     return found
 
 
+def _recipes(
+    params: Params, level: Level, stage: Stage, trainer: Trainer, masks: Masks, optimizer: torch.optim.Optimizer
+) -> list[Extension]:
+    """First of all, so that whatever acts after them at a step sees the network as it trains there."""
+    recipe, per_epoch, start = params.recipe, trainer.steps_per_epoch, stage.start
+    total, found = level.epochs * per_epoch, list[Extension]()
+    if not total:
+        return found
+    if recipe.soft.kind is not None and not recipe.soft.keep:
+        found.append(SoftActivations(trainer.model, recipe, total, per_epoch, start))
+    if recipe.ghost.kind is not None and level.density < 1.0:
+        place = {"side": trainer.loaders.spec.image_size, "seed": params.run.seed, "level": level.number}
+        ghost = GhostSkips(trainer.model, recipe, masks, optimizer, total, per_epoch, **place, start=start)
+        trainer.console.line(f"ghost skips: {len(ghost.sites)}, with {ghost.parameters:,} weights of their own")
+        found.append(ghost)
+    if recipe.smoothing.schedule is not None:
+        found.append(LabelSmoothing(trainer.task, recipe, total, per_epoch, start))
+    if recipe.rescale.method is not None and (level.source is None or level.rewind == "imp"):
+        loss, tell = trainer.task.scoring_loss, trainer.console.line
+        found.append(RescaledInitialisation(trainer.model, recipe, masks, trainer.loaders, loss, start, tell))
+    return found
+
+
 def _dynamic(
     params: Params, level: Level, trainer: Trainer, masks_of: LevelMasks, extensions: list[Extension]
 ) -> Extension:
     def prune(density: float, live: Masks) -> Masks:
-        return masks_of.prune_connected(live, density)
+        with stock(extensions):
+            return masks_of.prune_connected(live, density)
 
     return dynamic.build(
         params.dynamic,
@@ -93,7 +141,8 @@ def _midrun(
             on_pruned = _prolong(params, stage, level.epochs, per_epoch)
 
     def prune() -> Masks:
-        return masks_of.prune_connected(masks_of.sparsity.masks, level.density)
+        with stock(extensions):
+            return masks_of.prune_connected(masks_of.sparsity.masks, level.density)
 
     return MidRunPruning(
         trainer.model,

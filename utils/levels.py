@@ -202,7 +202,7 @@ class Driver:
         self.sparsity.set(masks)
         self._agree(f"level {level.number} start")
         stage = Stage(level.number, level.epochs, self._rate(level), start, self.rewinding.marks(level, optimizer))
-        extensions = assemble(self.params, level, stage, self.trainer, self.masks, masks)
+        extensions = assemble(self.params, level, stage, self.trainer, self.masks, masks, optimizer)
         if found:
             self.masks.load_notes(found.notes["masks"])
         keeper.notes = lambda: {
@@ -213,6 +213,7 @@ class Driver:
         if reason := self.stopping.poll().stop:
             raise Stopped(reason)
         rows = self._train(stage, optimizer, extensions.all, place, keeper)
+        extensions.close()
         digest = self._agree(f"level {level.number} end")
         final = rows[-1] if rows else self.trainer.evaluate_all(extensions.all)
         masks = self.sparsity.masks

@@ -33,7 +33,8 @@ data:
    os_cache: true}
 training:
   {epochs: 10, batch_size: 128, accumulation: 1, eval_batch_size: auto, precision: auto, channels_last: true,
-   compile: false, clip: none, label_smoothing: 0.0, ema: none, test_flip: false, eval_every: 1, check_every: 50}
+   compile: false, clip: none, label_smoothing: 0.0, ema: none, test_flip: false, eval_every: 1, gradient_norms: 0,
+   check_every: 50}
 optimizer:
   {name: sgd, lr: 0.1, momentum: 0.9, nesterov: false, betas: [0.9, 0.999], eps: 1.0e-08, weight_decay: 0.0005,
    decay_norms_and_biases: true}
@@ -49,6 +50,12 @@ graph: {kind: none, degree: none, side: in, form: simple, tries: 100}
 early: {trigger: weight_distance, threshold: auto, window: 5, latest: auto, length: published}
 dynamic:
   {method: none, every: 100, start: 0it, until: 0.75, fraction: 0.3, decay: cosine, initial_density: 1.0}
+recipe.soft: {kind: none, beta: 1.0, beta_end: 20.0, hold: 0it, end: auto, shape: exponential, keep: false}
+recipe.ghost: {kind: none, alpha: 1.0, hold: 0it, end: auto, shape: linear, exclude: []}
+recipe.smoothing: {schedule: none, amount: 0.1, final: 0.0, convention: torch, hold: 0it, end: auto}
+recipe.rescale:
+  {method: none, iterations: 390, lr: 0.001, eta: 0.1, gamma: none, normalize_grad: false, min_scale: 0.01, clip: 1.0,
+   overlap: true, batch_size: 128, batches: 32}
 levels:
   {spacing: geometric, rate: 0.2, target: none, count: none, densities: [], start: none, start_criterion: none,
    start_allocation: none, rewind: lrr, rewind_step: none,
@@ -59,7 +66,7 @@ distributed: {backend: auto, timeout: 600.0, find_unused_parameters: false, sync
 
 UNHASHED = {
     "run.root", "run.plan", "data.betons", "data.download", "data.workers", "data.os_cache", "training.compile",
-    "training.check_every", "levels.only", "run.checkpoint_epochs",
+    "training.check_every", "training.gradient_norms", "levels.only", "run.checkpoint_epochs",
     "run.checkpoint_minutes", "run.keep", "run.array", "run.seeds", "run.where",
     "levels.wait", "distributed.backend", "distributed.timeout",
 }  # fmt: skip

@@ -14,6 +14,7 @@ from utils.params.levels import Levels
 from utils.params.model import Model
 from utils.params.optimizer import Optimizer
 from utils.params.pruning import Pruning
+from utils.params.recipe import Recipe
 from utils.params.run import Run
 from utils.params.schedule import Schedule
 from utils.params.step import Step
@@ -22,7 +23,10 @@ from utils.params.training import Training
 
 @dataclass(frozen=True)
 class Params:
-    """Every section of a config. A new section is a field here and a file beside this one."""
+    """Every section of a config. A new section is a field here and a file beside this one.
+
+    A field whose dataclass holds sections itself gives `recipe.soft`, `recipe.ghost` and so on.
+    """
 
     run: Run = dataclasses.field(default_factory=Run)
     model: Model = dataclasses.field(default_factory=Model)
@@ -34,6 +38,7 @@ class Params:
     graph: Graph = dataclasses.field(default_factory=Graph)
     early: Early = dataclasses.field(default_factory=Early)
     dynamic: Dynamic = dataclasses.field(default_factory=Dynamic)
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
     levels: Levels = dataclasses.field(default_factory=Levels)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
@@ -49,6 +54,7 @@ __all__ = [
     "Optimizer",
     "Params",
     "Pruning",
+    "Recipe",
     "Run",
     "Schedule",
     "Step",

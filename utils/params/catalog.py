@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.params import Params
 from utils.params.field import Meta, meta_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Key:
 
     def of(self, params: Params) -> Any:
         """The value this key has in `params`."""
-        return getattr(getattr(params, self.section), self.name)
+        return operator.attrgetter(self.dotted)(params)
 
 
 def _shape(annotation: Any) -> tuple[type, bool, bool]:
@@ -54,8 +58,18 @@ def _shape(annotation: Any) -> tuple[type, bool, bool]:
 @functools.cache
 def sections() -> dict[str, type]:
     """The dataclass of every section, by the section's name, in the order of `Params`."""
-    hints = typing.get_type_hints(Params)
-    return {field.name: hints[field.name] for field in dataclasses.fields(Params)}
+    return dict(_sections(Params))
+
+
+def _sections(cls: type, above: str = "") -> Iterator[tuple[str, type]]:
+    """Name and dataclass of the sections in `cls`; those within a section are called `outer.inner`."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        inner = hints[field.name]
+        if any("meta" in part.metadata for part in dataclasses.fields(inner)):
+            yield above + field.name, inner
+        else:
+            yield from _sections(inner, f"{above}{field.name}.")
 
 
 @functools.cache
@@ -75,6 +89,17 @@ def assemble(values: dict[str, Any]) -> Params:
     """`Params` from typed values by dotted name; a key that is left out takes its default."""
     parts: dict[str, dict[str, Any]] = {section: {} for section in sections()}
     for dotted, value in values.items():
-        section, _, name = dotted.partition(".")
+        section, _, name = dotted.rpartition(".")
         parts[section][name] = value
-    return Params(**{section: cls(**parts[section]) for section, cls in sections().items()})
+    return _assembled(Params, parts)
+
+
+def _assembled(cls: type[T], parts: dict[str, dict[str, Any]], above: str = "") -> T:
+    """`cls` with its sections, and the sections within them, made of `parts`."""
+    hints = typing.get_type_hints(cls)
+    made = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        name = above + field.name
+        inner = hints[field.name]
+        made[field.name] = inner(**parts[name]) if name in parts else _assembled(inner, parts, f"{name}.")
+    return cls(**made)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from utils.params import Params, method_checks
+from utils.params import Params, method_checks, recipe_checks
 from utils.params.catalog import Key, keys
 from utils.params.parsing import show
 from utils.params.plan import SINGLE, level_plan
@@ -36,6 +36,7 @@ _IGNORED: method_checks.Ignored = (
     ("data.compress_probability", "data.write_mode", ("auto", "raw", "jpg"), "proportion"),
     ("distributed.sync_batchnorm", "run.device", ("cpu",), "cuda"),
     *method_checks.IGNORED,
+    *recipe_checks.IGNORED,
 )
 """(key, other key, values of the other key that ignore the first, values that use it); for non-default values only."""
 
@@ -94,6 +95,7 @@ def _problems(params: Params, plan: bool) -> Iterator[str]:
     yield from _layer_densities(params)
     yield from _keep(params)
     yield from method_checks.problems(params, plan)
+    yield from recipe_checks.problems(params)
     if plan:
         yield from _array(params)
         yield from _ignored(params, _PLAN_IGNORED)

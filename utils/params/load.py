@@ -84,6 +84,8 @@ def _nearest_key(dotted: str, prefix: str) -> str:
     homes: dict[str, list[str]] = {}
     for key in keys().values():
         homes.setdefault(key.name, []).append(key.dotted)
+    # A name that a section at the top has is meant there: `lr` is optimizer.lr, not recipe.rescale.lr.
+    homes = {name: [home for home in found if home.count(".") == 1] or found for name, found in homes.items()}
     siblings = [known for known in keys() if known.startswith(section + ".")]
     near = nearest_of(dotted, keys(), 0.8) or nearest_of(dotted, siblings)
     if name in homes and section not in sections() and not (near and near.endswith(f".{name}")):

@@ -35,4 +35,7 @@ class Training:
     )
     test_flip: bool = param(False, "average logits over the image and its mirror in evaluation")
     eval_every: int = param(1, "evaluate every so many epochs (always after the last)", low=1)
+    gradient_norms: int = param(
+        0, "write gradients.csv: norms per parameter over so many first steps", low=0, hashed=False
+    )
     check_every: int = param(50, "steps between looks at the losses for NaN", low=1, hashed=False)

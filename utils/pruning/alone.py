@@ -23,6 +23,7 @@ from utils.system import distributed
 from utils.system.distributed import World
 from utils.system.errors import UserError
 from utils.tasks.classification import ImageClassification
+from utils.training.recipe.soft import soften
 
 T = TypeVar("T")
 
@@ -39,13 +40,14 @@ def prepare(params: Params, world: World) -> None:
 def build_model(params: Params) -> nn.Module:
     """The network of `model` for the classes of `data`, with its initial or pretrained weights."""
     spec, section = resolve(params.data), params.model
-    return models.build(
+    network = models.build(
         section.name,
         spec.classes,
         pretrained=section.pretrained,
         image_size=spec.image_size,
         seed=params.run.seed,
     )
+    return soften(network, params.recipe)
 
 
 def prune(params: Params, out: Path, scores: Path | None, world: World, device: torch.device) -> str:

@@ -1,10 +1,20 @@
-"""`python -m utils.reporting table|mean|plot|csv|verify RUN...`: read runs that are finished or still going on."""
+"""`python -m utils.reporting COMMAND`: read runs that are finished or still going on.
+
+table, mean, plot, csv RUN...       levels of runs, from their rows alone
+verify RUN...                       whether the files of a run hold what they say
+activations RUN --level N           what comes out of every activation of a level's network
+masks FILE-OR-RUN...                Hamming and Jaccard of masks, layer by layer, for every pair
+connectivity RUN RUN --level N      error along the line between the weights of two runs
+gradients RUN --level N             plot of gradients.csv, which training.gradient_norms writes
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from utils.reporting.rows import read_rows
 from utils.reporting.runs import experiments, find_runs, over_seeds, read_runs
@@ -30,7 +40,34 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--out", required=True, metavar="FILE", help="file to write")
         if name in ("plot", "mean"):
             command.add_argument("--metric", default="final_test_acc", help="column to show (default: %(default)s)")
+    _add_analyses(commands)
     return parser
+
+
+def _add_analyses(commands: Any) -> None:
+    """The commands that look into networks; each writes --out (CSV) and beside it a plot (.png)."""
+    helps = {
+        "activations": "near-zero values, dead channels, mean and spread of every activation, as CSV and plot",
+        "masks": "Hamming and Jaccard of masks, layer by layer, for every pair, as CSV and heat map",
+        "connectivity": "error along the line between the weights of two runs, as CSV and plot",
+        "gradients": "plot of the gradient norms of a level's first steps",
+    }
+    made = {name: commands.add_parser(name, help=text) for name, text in helps.items()}
+    made["activations"].add_argument("run", metavar="RUN")
+    made["activations"].add_argument("--split", default="test", help="train, val or test (default: %(default)s)")
+    made["activations"].add_argument("--near", type=float, default=0.01, help="|a| up to this is near zero")
+    made["masks"].add_argument("places", nargs="+", metavar="FILE-OR-RUN")
+    made["masks"].add_argument("--measure", default="jaccard", choices=("jaccard", "hamming_share"))
+    made["connectivity"].add_argument("runs", nargs=2, metavar="RUN")
+    made["connectivity"].add_argument("--second-level", type=int, help="level of the second run (default: --level)")
+    made["connectivity"].add_argument("--points", type=int, default=11, help="points with both ends")
+    made["connectivity"].add_argument("--batches", type=int, default=50, help="training batches for BatchNorm")
+    made["gradients"].add_argument("run", metavar="RUN")
+    for name, command in made.items():
+        if name != "masks":
+            command.add_argument("--level", type=int, required=True, metavar="N")
+        ending = "image" if name == "gradients" else "CSV"
+        command.add_argument("--out", required=True, type=Path, metavar="FILE", help=f"{ending} to write")
 
 
 def _mean(runs: Sequence[str], metric: str) -> str:
@@ -73,6 +110,10 @@ def _run(args: argparse.Namespace) -> str:
         from utils.reporting.plot import plot_levels
 
         return f"wrote {plot_levels(args.runs, args.out, args.metric)}"
+    if args.command in ("activations", "masks", "connectivity", "gradients"):
+        from utils.analysis import commands  # it imports torch
+
+        return commands.run(args)
     frame = read_runs(args.runs)
     atomic.write_text(args.out, frame.to_csv(index=False, lineterminator="\n"))
     return f"wrote {args.out}: {len(frame)} levels of {frame['run'].nunique()} runs"

@@ -78,6 +78,11 @@ class LevelDir:
         return self.path / "status.json"
 
     @property
+    def gradients(self) -> Path:
+        """Gradient norms per parameter over the first steps, when training.gradient_norms is set."""
+        return self.path / "gradients.csv"
+
+    @property
     def row(self) -> Path:
         """The level's row of levels.csv; written last, so its presence means the level is done."""
         return self.path / "row.json"

@@ -17,7 +17,7 @@ class Extension:
 
     1. `needs_dense_grad(step)` of every extension;
     2. `before_step(step)`, before the forward pass; masks may change here;
-    3. forward, backward and the optimizer's step; pruned weights are 0.0 again;
+    3. forward, backward, `after_backward(step)` and the optimizer's step; pruned weights are 0.0 again;
     4. `after_step(step)`, with the same number.
 
     Where `replaces_step(step)` is true of an extension, its `update(step)` is called instead of the optimizer's step
@@ -49,6 +49,9 @@ class Extension:
     def before_step(self, step: int) -> None:
         """Called before the forward pass of the step."""
 
+    def after_backward(self, step: int) -> None:
+        """Called once the gradients of the whole step are there: averaged over ranks, scaled, not yet clipped."""
+
     def after_step(self, step: int) -> None:
         """Called after the optimizer's step, or after another extension's update in its place."""
 
@@ -58,6 +61,9 @@ class Extension:
 
     def masks_changed(self, masks: Masks) -> None:
         """Called after every change of masks, with the new ones."""
+
+    def close(self) -> None:
+        """Called when the level has trained, on all ranks: leave the model and the task as without the extension."""
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold: CPU tensors by name, contiguous, that share no memory with the live ones."""

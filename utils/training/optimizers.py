@@ -7,7 +7,7 @@ is set before every step by the trainer, from the schedule.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ optimizer: Registry[Builder] = Registry("optimizer")
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
 _POSITIONS = re.compile(r"pos_|_pos|pos(ition)?_?emb|position|(^|[._])rel(ative)?_|_rel($|[._])")
 _LOOSE = re.compile(r"token|bias|scale|gamma|beta|gain|temperature")
+_APART = "apart"
+"""Marks a group of parameters that are an extension's, not the model's."""
 _STATE = ((torch.optim.SGD, {"momentum_buffer"}), (torch.optim.Adam, {"step", "exp_avg", "exp_avg_sq"}))
 
 
@@ -44,13 +46,18 @@ def sgd(groups: Groups, section: params.Optimizer, device: torch.device) -> torc
         weight_decay=section.weight_decay,
         **({"fused": True} if fused else {"foreach": True}),
     )
-    if fused and section.momentum:
-        # The fused kernel leaves its new buffers unwritten when loss scaling skips the first step. From 0.0 the first
-        # step computes momentum * 0 + gradient, which is what it starts with otherwise.
+    if fused:
         for group in built.param_groups:
-            for p in group["params"]:
-                built.state[p]["momentum_buffer"] = torch.zeros_like(p, requires_grad=False)
+            _still(built, group)
     return built
+
+
+def _still(optimizer: torch.optim.SGD, group: dict[str, Any]) -> None:
+    # The fused kernel leaves its new buffers unwritten when loss scaling skips the first step. From 0.0 the first step
+    # computes momentum * 0 + gradient, which is what it starts with otherwise.
+    if group["momentum"]:
+        for p in group["params"]:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, requires_grad=False)
 
 
 @optimizer("adam")
@@ -133,8 +140,12 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
     Counters are 0-dim. Learning rate and constants are not in it: they follow from the config and the step.
     """
+    return _state_of(optimizer, _own_parameters(model, optimizer))
+
+
+def _state_of(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for name, p in _own_parameters(model, optimizer):
+    for name, p in named:
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
                 state[f"{name}.{key}"] = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
@@ -149,7 +160,10 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
 
     Parameters without an entry start afresh. Raises UserError when it belongs to another model or optimizer.
     """
-    owned = dict(_own_parameters(model, optimizer))
+    _load_state(optimizer, dict(_own_parameters(model, optimizer)), state)
+
+
+def _load_state(optimizer: torch.optim.Optimizer, owned: dict[str, nn.Parameter], state: dict[str, Tensor]) -> None:
     by_name: dict[str, dict[str, Tensor]] = {}
     for entry, value in state.items():
         name, _, key = entry.rpartition(".")
@@ -192,8 +206,41 @@ def _check_state(
 
 def _own_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
     """The optimizer's parameters with their bare names, in model order; ValueError when one is not the model's."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for group in optimizer.param_groups if not group.get(_APART) for p in group["params"]}
     named = [(name, p) for name, p in bare(model).named_parameters() if id(p) in held]
     if len(named) != len(held):
         raise ValueError(f"{len(held) - len(named)} parameters of the optimizer are not the model's")
     return iter(named)
+
+
+# Parameters that are not the model's ------------------------------------------------------------------------------
+
+
+def add_apart(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
+    """Train `named` too, in a group of their own with the optimizer's constants; `optimizer_state` leaves it out."""
+    optimizer.add_param_group({"params": list(named.items()), _APART: True})
+    group = optimizer.param_groups[-1]
+    if isinstance(optimizer, torch.optim.SGD) and group.get("fused"):
+        _still(optimizer, group)
+
+
+def remove_apart(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Forget parameters given by `add_apart`, and their state."""
+    gone = {id(p) for p in parameters}
+    kept = [g for g in optimizer.param_groups if not (g.get(_APART) and {id(p) for p in g["params"]} <= gone)]
+    optimizer.param_groups[:] = kept
+    for p in parameters:
+        optimizer.state.pop(p, None)
+
+
+def apart_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The state of parameters given by `add_apart`, as `optimizer_state` has it."""
+    return _state_of(optimizer, named.items())
+
+
+@torch.no_grad()
+def load_apart_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: dict[str, Tensor]
+) -> None:
+    """Put back what `apart_state` returned. Raises UserError as `load_optimizer_state` does."""
+    _load_state(optimizer, dict(named), state)

@@ -238,6 +238,8 @@ class Trainer:
     ) -> None:
         """The optimizer's step or the updates in its place, then `after_step`; gradients are cleared."""
         sparsity.dense_gradients(False)
+        for extension in extensions:
+            extension.after_backward(step)
         updates = [e for e in extensions if e.replaces_step(step)]
         if updates:
             self.scaler.unscale_(optimizer)

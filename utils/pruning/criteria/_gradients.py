@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from utils.masks import Masks
 from utils.pruning.criteria import Batches, Loss
 from utils.system.distributed import sum_over_ranks
+from utils.training.double_backward import math_attention
 
 
 def weights(model: nn.Module, masks: Masks) -> dict[str, nn.Parameter]:
@@ -67,33 +64,6 @@ def only(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
-def math_attention() -> Iterator[None]:
-    """Within it what has no double backward is computed by operations that have one.
-
-    Attention: plain matrix products instead of fused kernels. Hard sigmoid: relu6(x + 3) / 6.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), _PlainHardSigmoid():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-class _PlainHardSigmoid(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.hardsigmoid:
-            return _hard_sigmoid(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _hard_sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    value = functional.relu6(input + 3.0) / 6.0
-    return input.copy_(value) if inplace else value
 
 
 def reduced(tensors: Mapping[str, Tensor]) -> None:

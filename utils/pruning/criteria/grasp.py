@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from utils.masks import Masks
 from utils.pruning.criteria import Batches, Loss, Scores, criterion
-from utils.pruning.criteria._gradients import hessian_products, inside, math_attention, mean_gradients, times_weights
+from utils.pruning.criteria._gradients import hessian_products, inside, mean_gradients, times_weights
 from utils.pruning.criteria._temperature import tempered
+from utils.training.double_backward import math_attention
 
 
 @criterion("grasp", batchnorm="train", reads="train", samples_per_class=25, signed=True)

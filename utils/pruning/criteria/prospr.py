@@ -11,9 +11,10 @@ from torch.func import functional_call
 
 from utils.masks import Masks, bare
 from utils.pruning.criteria import Batches, Loss, Scores, criterion
-from utils.pruning.criteria._gradients import math_attention, precision, weights
+from utils.pruning.criteria._gradients import precision, weights
 from utils.system import distributed
 from utils.system.errors import UserError
+from utils.training.double_backward import math_attention
 
 Pair = tuple[Tensor, Tensor]
 

@@ -1,0 +1,43 @@
+"""Recipes: how a sparse network is trained. Each is an extension that is gone from the network when it is over.
+
+soft        soft activations annealed to the stock ones
+ghost       skip connections around masked convolutions, faded out
+smoothing   label smoothing by a schedule
+rescale     one learned scale per tensor of the initial weights (GradInit)
+
+What changes with time is a pure function of the optimizer step; the network's own parameters, names and saved weights
+are those of the stock network throughout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from utils.training.extension import Extension
+
+
+class Inserted(Extension, ABC):
+    """An extension that puts something into the network, which it can also take out for a while."""
+
+    @abstractmethod
+    def insert(self) -> None:
+        """Put it in; nothing to do when it is in or over."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Take it out: the network is the stock one; nothing to do when it is out."""
+
+
+@contextlib.contextmanager
+def stock(extensions: Sequence[Extension]) -> Iterator[None]:
+    """Within it the network is the stock one, whatever `extensions` have put into it: for scores and paths."""
+    inserted = [extension for extension in extensions if isinstance(extension, Inserted)]
+    for extension in reversed(inserted):
+        extension.remove()
+    try:
+        yield
+    finally:
+        for extension in inserted:
+            extension.insert()
