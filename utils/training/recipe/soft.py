@@ -128,6 +128,12 @@ def soften(model: nn.Module, section: params.Recipe) -> nn.Module:
     return model
 
 
+def check_soft(model: nn.Module, section: params.Recipe) -> None:
+    """Raise UserError when soft activations are asked for and `model` has nothing to soften."""
+    if section.soft.kind is not None and not section.soft.keep:
+        _Layers(bare(model), section.soft)
+
+
 class _Layers:
     """Every place of the model that holds a stock activation, and the soft module for it."""
 
