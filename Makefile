@@ -24,9 +24,11 @@ setup:  ## virtual environment, Python packages, FFCV (system packages too where
 demo: setup  ## prune a small ResNet on real digits: 5 levels, a table, a plot and levels.csv
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 harness.py --config configs/quickstart.yaml
 
+test: export TESTS := yes
 test: setup  ## the tests, without the slow ones
 	@bash .ci/test.sh quick
 
+test-all: export TESTS := yes
 test-all: setup  ## all tests, then all of them again with the lowest versions requirements.txt allows
 	@bash .ci/test.sh all
 	@$(MAKE) --no-print-directory test-low

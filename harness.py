@@ -6,11 +6,19 @@ torchrun harness.py --config configs/x.yaml [--config overlay.yaml ...] [--secti
 from __future__ import annotations
 
 import harness_params
+from utils.params.identity import run_path
+from utils.system.launcher import Launcher
+from utils.system.rundir import RunDir
 
 
 def main() -> None:
     """Read the config, then print its plan or run its levels."""
+    launcher = Launcher()
+    launcher.watch()
     params = harness_params.load_or_exit()
+    if params.run.where:
+        print(RunDir(run_path(params)).status_of(params.levels.only))
+        return
     # torch is imported only once the config is known to be good: a typo is told in under a second.
     import harness_utils
 
@@ -19,8 +27,8 @@ def main() -> None:
         return
     from utils import levels, reporting
 
-    with harness_utils.process(params) as here:
-        run = levels.Driver(params, here.world, here.device, here.console).run()
+    with harness_utils.process(params, launcher=launcher) as here:
+        run = levels.Driver(params, here.world, here.device, here.console, here.stopping).run()
         if here.world.main:
             rows = reporting.read_rows(run)
             here.console.line(f"\n{reporting.levels_table(rows)}\n")

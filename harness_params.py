@@ -4,7 +4,8 @@
     params, options = load_with({"out": "..."}, argv)    an entry point with options of its own
 
 The command line wins over files, later files over earlier ones, files over defaults. Environment variables change
-nothing. Every mistake is one line; nothing here imports torch or writes a file.
+nothing, unless `run.array` asks for the number of a job array's task. Every mistake is one line; nothing here imports
+torch or writes a file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 import fastargs
 from fastargs.validation import Checker
 
-from utils.params import Params
+from utils.params import Params, array
 from utils.params.catalog import Key, assemble, keys, sections
 from utils.params.checks import check
 from utils.params.help import help_text
@@ -68,7 +69,7 @@ def load_with(
         raise ParamError("nothing to run; give --config FILE or --section.key=value, or see --help")
     params = assemble(_typed(given))
     check(params, plan=plan)
-    return params, command.options
+    return array.settle(params, os.environ) if plan else params, command.options
 
 
 def load_or_exit(argv: Sequence[str] | None = None) -> Params:

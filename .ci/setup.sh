@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing, and nothing else: the virtual environment, its packages, FFCV and what FFCV is built with.
 #   VENV=.venv  PYTHON=python3.x  SYSTEM=no (install no system packages)  LOWEST=yes (lowest versions allowed)
+#   TESTS=yes (also what tests start: SLURM, iproute2)
 # FFCV is optional: without it one line says what to ask for, and training takes the torchvision loader.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -133,6 +134,17 @@ install_ffcv() {
   say "FFCV could not be built, the slower torchvision loader is used; $LOG says why (remove $VENV/.ffcv-failed to try again)"
 }
 
+# What some tests need and are skipped without: a real SLURM, and network namespaces.
+install_for_tests() {
+  local missing=()
+  command -v slurmctld >/dev/null || [ -x /usr/sbin/slurmctld ] || missing+=(slurm-wlm)
+  command -v munged >/dev/null || [ -x /usr/sbin/munged ] || missing+=(munge)
+  command -v ip >/dev/null || [ -x /sbin/ip ] || missing+=(iproute2)
+  if [ "${#missing[@]}" -gt 0 ] && ! install_system "${missing[@]}"; then
+    say "tests on SLURM and between hosts will be skipped; ask the administrator for: apt-get install ${missing[*]}"
+  fi
+}
+
 exec 9<.
 flock 9 # one set-up of this clone at a time
 SYSTEM_LOG="$(mktemp)"
@@ -144,4 +156,5 @@ if [ "$(cat "$VENV/.stamp" 2>/dev/null)" != "$(fingerprint)" ]; then
   fingerprint >"$VENV/.stamp"
 fi
 install_ffcv
+if [ "${TESTS:-no}" = yes ]; then install_for_tests; fi
 if [ -s "$SYSTEM_LOG" ]; then cat "$SYSTEM_LOG" >>"$LOG"; fi

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils import levels
+from utils import files, levels
 from utils.params import Params
 from utils.params.load import build
 from utils.system.console import Console
@@ -46,3 +46,23 @@ def rows(path: Path) -> list[dict[str, str]]:
 def row(directory: RunDir, level: int = 0) -> dict[str, str]:
     """The row of a level in levels.csv."""
     return rows(directory.levels_csv)[level]
+
+
+TIMES = ("images_per_second", "data_wait", "seconds")
+"""Columns that differ between two runs of the same bits."""
+
+
+def everything(directory: RunDir) -> dict[str, object]:
+    """All a run left that must not depend on when it was stopped: files by name, tensors and rows by value."""
+    found: dict[str, object] = {}
+    for path in sorted(directory.path.rglob("*")):
+        name = str(path.relative_to(directory.path))
+        if path.suffix == ".safetensors":
+            found |= {f"{name}/{key}": files.digest({key: t}) for key, t in files.load_weights(path).items()}
+        elif path.name in ("epochs.csv", "levels.csv"):
+            found[name] = [{key: cell for key, cell in row.items() if key not in TIMES} for row in rows(path)]
+        elif path.name in ("layers.csv", "rounds.csv"):
+            found[name] = path.read_text(encoding="utf-8")
+        elif path.is_file():
+            found[name] = "there"
+    return found

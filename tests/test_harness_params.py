@@ -110,7 +110,7 @@ def test_calls_share_no_state(files: tuple[str, str]) -> None:
         (["--config-file", "x.yaml"], "unknown option '--config-file'; did you mean '--config'?"),
         (["--hlp"], "unknown option '--hlp'; did you mean '--help'?"),
         (["--run.see=1"], "unknown key '--run.see'; did you mean '--run.seed'?"),
-        (["--run.seeds", "1"], "unknown key '--run.seeds'; did you mean '--run.seed'?"),
+        (["--run.sede", "1"], "unknown key '--run.sede'; did you mean '--run.seed'?"),
         (["--RUN.SEED=1"], "unknown key '--RUN.SEED'"),
         (["--lr=1"], "unknown key '--lr'; did you mean '--optimizer.lr'?"),
         (["--epochs=1"], "did you mean '--training.epochs' or '--levels.epochs'?"),

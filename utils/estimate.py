@@ -10,6 +10,7 @@ from utils.feasibility import build_model, check_pruning, check_steps
 from utils.masks import Masks
 from utils.models.pretrained import local_file
 from utils.params import Params
+from utils.params.array import tasks
 from utils.params.checks import check_ranks
 from utils.params.plan import Level, level_plan
 from utils.pruning.harness import with_start
@@ -45,10 +46,16 @@ def describe(params: Params, world: World) -> str:
     else:
         total = per_epoch * sum(level.epochs for level in plan)
         lines.append(f"steps          {total:,} at most ({per_epoch:,} per epoch, {world.size} rank(s))")
+    if params.run.array:
+        lines.append(f"array          --array=0-{tasks(params) - 1}")
     copies = 1 + (params.training.ema is not None)
     rewind = 4 * (weights + buffers) * (1 + STATES.get(params.optimizer.name, 2)) if params.levels.rewind == "wr" else 0
     disk = len(plan) * (4 * copies * (weights + buffers) + prunable) + rewind
-    lines.append(f"disk           {_megabytes(disk)} for weights and masks of {len(plan)} level(s)")
+    state = 4 * (weights + buffers) + 4 * weights * (STATES.get(params.optimizer.name, 2) + copies - 1) + prunable
+    lines.append(
+        f"disk           {_megabytes(disk)} for weights and masks of {len(plan)} level(s), and up to "
+        f"{_megabytes(3 * state)} for the checkpoints of the one that trains"
+    )
     tensors = 2 + STATES.get(params.optimizer.name, 2) + (params.training.ema is not None)
     memory = 4 * weights * tensors + 4 * prunable + 4 * (weights + buffers)
     lines.append(

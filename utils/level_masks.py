@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,6 +67,8 @@ class LevelMasks:
         self.sparsity = sparsity.attach(model, None, _whole(self.start))
         self.rounds: int | None = None
         """Score-and-prune rounds of the pruning made last; None where nothing was scored."""
+        self.source_digest = ""
+        """Digest of the weights the masks of the level at work were made from."""
         self._history: tuple[Round, ...] = ()
         self._told: list[str] = []
         self._effective: tuple[str, paths.Effective] | None = None
@@ -80,7 +83,7 @@ class LevelMasks:
         self.sparsity.set(_whole(self.start))
         files.put_weights(self.model, source)
         live = self.start if level.source is None else Masks.load(self.run.level(level.source).mask, self.model)
-        digest = files.digest(source)
+        digest = self.source_digest = files.digest(source)
         path = place.start_mask if changes_masks(self.params) else place.mask
         if distributed.from_main(lambda: path.exists() and source_of(path) == digest):
             masks = Masks.load(path, self.model)
@@ -134,6 +137,15 @@ class LevelMasks:
     def _tell(self, pruned: Pruned) -> None:
         for note in pruned.notes:
             self.console.line(note)
+
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the pruning made last, as JSON."""
+        return {"rounds": self.rounds, "history": [[r.requested, r.reached] for r in self._history]}
+
+    def load_notes(self, notes: Mapping[str, Any]) -> None:
+        """Take back what `notes` returned."""
+        self.rounds = notes["rounds"]
+        self._history = tuple(Round(requested, reached) for requested, reached in notes["history"])
 
     def write_rounds(self, place: LevelDir) -> None:
         """Write rounds.csv of the pruning made last."""

@@ -8,6 +8,7 @@ writes; all ranks compute the same masks and weights and compare their digests.
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections.abc import Callable
 
@@ -30,9 +31,12 @@ from utils.system import distributed
 from utils.system.atomic import write_json
 from utils.system.console import Console, number
 from utils.system.distributed import World
-from utils.system.errors import UserError
+from utils.system.errors import Preempted, UserError
+from utils.system.locks import Lock
 from utils.system.rundir import LevelDir, RunDir
+from utils.system.stopping import Never, Stopped
 from utils.tasks.classification import ImageClassification
+from utils.training import checkpoint
 from utils.training.extension import Extension
 from utils.training.optimizers import build_optimizer
 from utils.training.parallel import synchronise_batchnorm, to_channels_last
@@ -43,10 +47,21 @@ from utils.training.trainer import Row, Stage, Trainer
 class Driver:
     """One run: its directory, its data and model, and the levels of its plan."""
 
-    def __init__(self, params: Params, world: World, device: torch.device, console: Console) -> None:
-        """Builds everything a level needs; writes nothing. Raises UserError for input that cannot work."""
+    def __init__(
+        self,
+        params: Params,
+        world: World,
+        device: torch.device,
+        console: Console,
+        stopping: Never | None = None,
+    ) -> None:
+        """Builds everything a level needs; writes nothing. Raises UserError for input that cannot work.
+
+        stopping: asked between steps whether to store the state and end.
+        """
         check_ranks(params, world.size)
         self.params, self.world, self.device, self.console = params, world, device, console
+        self.stopping = stopping or Never()
         self.plan = level_plan(params)
         training = params.training
         shard = Shard(world.rank, world.size, training.batch_size, training.accumulation)
@@ -76,6 +91,7 @@ class Driver:
                 world=world,
                 device=device,
                 console=console,
+                stopping=self.stopping,
             )
             self.masks = LevelMasks(params, self.model, self.task, self.loaders, run_dir(params), world, console)
             self.sparsity = self.masks.sparsity
@@ -93,7 +109,11 @@ class Driver:
         return self.record.dir
 
     def run(self) -> RunDir:
-        """Run every level of the plan that is not done yet, or `levels.only` alone."""
+        """Run every level of the plan that is not done yet, or `levels.only` alone.
+
+        Raises Preempted, on all ranks and with the state stored, when a stop was asked for; Busy when another process
+        is at work on a level.
+        """
         try:
             wanted = self._wanted()
             distributed.from_main(self.record.start)
@@ -101,14 +121,17 @@ class Driver:
                 if distributed.from_main(functools.partial(self._done, level)):
                     self.console.line(f"level {level.number}: done already")
                 else:
-                    self._level(level)
+                    self._locked_level(level)
             distributed.from_main(functools.partial(self.record.finish, [level.number for level in self.plan]))
         finally:
             self.loaders.close()
         return self.dir
 
-    def _done(self, level: Level) -> bool:
-        """Whether the level's row is there and was made from the weights its source has now. Rank 0 looks."""
+    def _done(self, level: Level, ours: bool = False) -> bool:
+        """Whether the level's row is there and was made from the weights its source has now. Rank 0 looks.
+
+        ours: the level is locked by this process; a row made from other weights is then removed.
+        """
         place = self.dir.level(level.number)
         if not place.row.exists():
             return False
@@ -117,9 +140,14 @@ class Driver:
         else:
             source = reporting.read_row(self.dir.level(level.source).row)["weights_digest"]
         if place.mask.exists() and source_of(place.mask) == source:
+            if self.params.run.keep != "all":
+                checkpoint.remove(place)
+            if not ours:
+                Lock(place.path, "").tidy()
             return True
-        self.console.line(f"level {level.number}: was made from other weights, running it again")
-        place.row.unlink()
+        if ours:
+            self.console.line(f"level {level.number}: was made from other weights, running it again")
+            place.row.unlink()
         return False
 
     def _wanted(self) -> list[Level]:
@@ -135,17 +163,36 @@ class Driver:
             )
         return [level]
 
-    def _level(self, level: Level) -> None:
+    def _locked_level(self, level: Level) -> None:
+        """One level, which no other process works on meanwhile."""
+        place = self.dir.level(level.number)
+        lock = Lock(place.path, f"level {level.number} of {self.dir.path}")
+        if gone := distributed.from_main(lock.acquire):
+            self.console.line(f"level {level.number}: taken over from {gone}, which is gone")
+        try:
+            # Another process may have finished it since we looked.
+            if not distributed.from_main(functools.partial(self._done, level, ours=True)):
+                self._level(level, place, lock)
+        except Stopped as stopped:
+            reason = f"stopped by {stopped.reason} before level {level.number} began to train"
+            raise Preempted(f"{reason}; the same command goes on from there") from None
+        finally:
+            if self.world.main:
+                lock.release()
+
+    def _level(self, level: Level, place: LevelDir, lock: Lock) -> None:
         """Prune, rewind, train and record one level."""
         begin = time.perf_counter()
-        place = self.dir.level(level.number)
         source = self._source_weights(level)
         masks = self.masks.begin(level, place, source)
         self.console.line(
             f"level {level.number}: density {masks.density:.4f} ({masks.kept:,} of {masks.total:,} weights kept)"
         )
         self.console.restart_table()
-        pruned = self._pruned_accuracy(level, source, masks)
+        keeper = self._keeper(level, place, masks, lock)
+        found = keeper.find()
+        pruned = found.notes["pruned"] if found else self._pruned_accuracy(level, source, masks)
+        begin -= found.notes["seconds"] if found else 0.0
         optimizer = build_optimizer(self.model, self.params.optimizer, self.device)
         # The control trains other weights in the masks found; the dense level that finds them begins as without it.
         finds = level.source is None and self.params.pruning.moment not in SINGLE
@@ -156,7 +203,16 @@ class Driver:
         self._agree(f"level {level.number} start")
         stage = Stage(level.number, level.epochs, self._rate(level), start, self.rewinding.marks(level, optimizer))
         extensions = assemble(self.params, level, stage, self.trainer, self.masks, masks, optimizer)
-        rows = self._train(stage, optimizer, extensions.all, place)
+        if found:
+            self.masks.load_notes(found.notes["masks"])
+        keeper.notes = lambda: {
+            "pruned": pruned,
+            "seconds": time.perf_counter() - begin,
+            "masks": self.masks.notes(),
+        }
+        if reason := self.stopping.poll().stop:
+            raise Stopped(reason)
+        rows = self._train(stage, optimizer, extensions.all, place, keeper)
         extensions.close()
         digest = self._agree(f"level {level.number} end")
         final = rows[-1] if rows else self.trainer.evaluate_all(extensions.all)
@@ -165,7 +221,9 @@ class Driver:
         at_step = extensions.pruned_at_step
         outcome = Outcome(masks, rows, final, pruned, digest, effective, self.masks.rounds, at_step)
         row = self.record.level_row(level, outcome)
+        distributed.from_main(lock.check)
         distributed.from_main(functools.partial(self._save, place, extensions, row, begin))
+        distributed.from_main(keeper.remove)
         self.console.row(
             [
                 ("level", str(level.number)),
@@ -177,6 +235,20 @@ class Driver:
         )
         self.console.restart_table()
 
+    def _keeper(self, level: Level, place: LevelDir, masks: Masks, lock: Lock) -> checkpoint.Checkpoints:
+        """Stores the state inside the level, for a process that begins it with the same weights and masks."""
+        beginning = f"{self.initial_digest} {self.masks.source_digest} {masks.digest}"
+        return checkpoint.Checkpoints(
+            place,
+            self.params.run,
+            self.model,
+            level=level.number,
+            key=hashlib.sha256(beginning.encode()).hexdigest(),
+            world=self.world,
+            console=self.console,
+            check=lock.check,
+        )
+
     # Stages -------------------------------------------------------------------------------------------------------
 
     def _source_weights(self, level: Level) -> dict[str, torch.Tensor]:
@@ -185,7 +257,7 @@ class Driver:
         path = self.dir.level(level.source).weights
         if not distributed.exists(path):
             raise UserError(f"{path}: missing, level {level.number} prunes it; run level {level.source} again")
-        return files.load_weights(path)
+        return files.load_weights(path, self.model)
 
     def _pruned_accuracy(self, level: Level, source: dict[str, torch.Tensor], masks: Masks) -> float | None:
         """Test accuracy right after pruning, before rewinding and training; None where nothing trained was pruned."""
@@ -196,9 +268,15 @@ class Driver:
         return float(self.trainer.evaluate(self.loaders.test)["acc"])
 
     def _train(
-        self, stage: Stage, optimizer: torch.optim.Optimizer, extensions: list[Extension], place: LevelDir
+        self,
+        stage: Stage,
+        optimizer: torch.optim.Optimizer,
+        extensions: list[Extension],
+        place: LevelDir,
+        keeper: checkpoint.Checkpoints,
     ) -> list[Row]:
-        with EpochsCsv(place.epochs if self.world.main else None) as table:
+        # Rows of epochs after the checkpoint are cut off: they come again.
+        with EpochsCsv(place.epochs if self.world.main else None, keeper.rows) as table:
 
             def on_epoch(row: Row) -> None:
                 table.write(row)
@@ -216,7 +294,7 @@ class Driver:
                     ]
                 )
 
-            return self.trainer.fit(stage, optimizer, self.sparsity, extensions, on_epoch)
+            return self.trainer.fit(stage, optimizer, self.sparsity, extensions, on_epoch, keeper)
 
     def _save(self, place: LevelDir, extensions: LevelExtensions, row: Row, begin: float) -> None:
         files.save_weights(place.weights, self.model, mask_digest=row["mask_digest"])

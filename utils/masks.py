@@ -142,15 +142,7 @@ class Masks(Mapping[str, torch.Tensor]):
 
     def check(self, model: nn.Module, source: str = "the masks") -> Masks:
         """Return self if every entry is a prunable parameter of `model` of that shape; else raise UserError."""
-        found = prunable_parameters(model)
-        for name, tensor in self.items():
-            if name not in found:
-                raise UserError(f"{source}: {name!r} is not a prunable parameter of this model{nearest(name, found)}")
-            if found[name].shape != tensor.shape:
-                raise UserError(
-                    f"{source}: {name!r} has shape {_shape(tensor)}, the model's is {_shape(found[name])}; "
-                    "use a mask made for this model"
-                )
+        _check_shapes({name: tuple(tensor.shape) for name, tensor in self.items()}, model, source)
         return self
 
     @torch.no_grad()
@@ -169,14 +161,33 @@ class Masks(Mapping[str, torch.Tensor]):
     @staticmethod
     def load(path: str | Path, model: nn.Module | None = None) -> Masks:
         """Read a mask file. Raises UserError naming it when truncated, foreign, not 0/1, or not `model`'s."""
-        tensors, metadata = files.load_tensors(path)
+
+        def check(shapes: Mapping[str, tuple[int, ...]]) -> None:
+            if model is not None:
+                _check_shapes(shapes, model, str(path))
+
+        tensors, metadata = files.load_tensors(path, check)
         for name, tensor in tensors.items():
             if tensor.dtype not in (torch.uint8, torch.bool) or (tensor.numel() and int(tensor.max()) > 1):
                 raise UserError(f"{path}: {name!r} is not a 0/1 mask; is this a weight file?")
         masks = Masks({name: t.bool() for name, t in tensors.items()})
-        if metadata.get("digest", masks.digest) != masks.digest:
+        ours = metadata.get("format") == FORMAT
+        if metadata.get("digest", None if ours else masks.digest) != masks.digest:
             raise UserError(f"{path}: its digest does not match its bits; the file is damaged, make it anew")
-        return _in_model_order(masks.check(model, str(path)), model) if model is not None else masks
+        return _in_model_order(masks, model) if model is not None else masks
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], model: nn.Module, source: str) -> None:
+    found = prunable_parameters(model)
+    for name, shape in shapes.items():
+        if name not in found:
+            raise UserError(f"{source}: {name!r} is not a prunable parameter of this model{nearest(name, found)}")
+        own = tuple(found[name].shape)
+        if own != shape:
+            raise UserError(
+                f"{source}: {name!r} has shape {_shape(shape)}, the model's is {_shape(own)}; "
+                "use a mask made for this model"
+            )
 
 
 def _in_model_order(masks: Masks, model: nn.Module) -> Masks:
@@ -189,5 +200,5 @@ def _pack(tensor: torch.Tensor) -> bytes:
     return np.packbits(tensor.numpy().reshape(-1)).tobytes()
 
 
-def _shape(tensor: torch.Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

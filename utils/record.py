@@ -7,10 +7,11 @@ import functools
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -20,15 +21,16 @@ from utils.data import Loaders, default_workers
 from utils.masks import Masks
 from utils.models.pretrained import local_file
 from utils.params import Params
-from utils.params.identity import run_id
+from utils.params.identity import run_path
 from utils.params.parsing import dump
 from utils.params.plan import SINGLE, Level, prunes_start
 from utils.system import environment
-from utils.system.atomic import sha256, write_json, write_text
+from utils.system.atomic import explaining, replacing, sha256, sweep, write_json, write_text
 from utils.system.cpus import allowed_cpus
 from utils.system.distributed import World, from_main
 from utils.system.errors import UserError
-from utils.system.rundir import RunDir
+from utils.system.json_file import read_json
+from utils.system.rundir import RunDir, planted_links
 
 Row = dict[str, Any]
 
@@ -58,7 +60,7 @@ class Outcome:
 
 def run_dir(params: Params) -> RunDir:
     """The directory of the run this config names."""
-    return RunDir(Path(params.run.root) / run_id(params))
+    return RunDir(run_path(params))
 
 
 class Record:
@@ -97,23 +99,34 @@ class Record:
 
     def start(self) -> None:
         """Open the run. Raises UserError when its directory was filled from other inputs, naming which."""
+        if links := planted_links(self.dir):
+            raise UserError(f"{links[0]}: is a symbolic link; a run keeps its files itself: remove the link")
+        sweep(self.dir.path)
+        here = environment.describe(self._world, self._device)
         if self.dir.environment.is_file():
-            self._compare()
+            record = self._compare()
         else:
-            record = {"inputs": self.inputs, "auto": self.settled}
-            record |= environment.describe(self._world, self._device)
-            write_json(self.dir.environment, record)
+            record = {"inputs": self.inputs, "auto": self.settled, "seeds": self._seeds(), **here, "starts": []}
+        record["starts"] = [*record.get("starts", []), environment.start_of(here)][-environment.MOST_STARTS :]
+        write_json(self.dir.environment, record)
         # What this process alone was asked for is left out: passed back, the file runs the whole plan.
-        run, levels = replace(self.params.run, plan=False), replace(self.params.levels, only=None)
+        run, levels = replace(self.params.run, plan=False), replace(self.params.levels, only=None, wait=0.0)
         whole = replace(self.params, run=run, levels=levels)
         write_text(self.dir.config, yaml.safe_dump(dump(whole), sort_keys=False))
         self.status("running")
 
-    def _compare(self) -> None:
+    def _seeds(self) -> dict[str, Any]:
+        run, data = self.params.run, self.params.data
+        return {"run": run.seed, "order": self.settled["order_seed"], "split": data.split_seed}
+
+    def _compare(self) -> dict[str, Any]:
+        """The record there is, once its inputs are found to be this process's."""
         path = self.dir.environment
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))["inputs"]
-        except (ValueError, KeyError, TypeError) as error:
+            record: dict[str, Any] = read_json(path)
+            before = {str(name): value for name, value in record["inputs"].items()}
+            record["starts"] = list(record.get("starts", []))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not readable; remove the run directory or use another run.name") from error
         for name in sorted(before.keys() | self.inputs.keys()):
             old, new = before.get(name), self.inputs.get(name)
@@ -122,6 +135,7 @@ class Record:
                     f"{self.dir.path}: {name} was {_short(old)} when this run began and is {_short(new)} now; "
                     "restore it, or use another run.name"
                 )
+        return record
 
     def level_row(self, level: Level, outcome: Outcome) -> Row:
         """The level's row of levels.csv, without its `seconds`."""
@@ -164,53 +178,82 @@ class Record:
         """Rebuild levels.csv and say whether the run is done, or which levels are."""
         reporting.rebuild(self.dir)
         done = [number for number in levels if self.dir.level(number).row.is_file()]
-        if len(done) == len(levels):
-            self.status("done")
-        else:
-            self.status("partial", levels=done)
+        whole, only = len(done) == len(levels), self.params.levels.only
+        write_json(self.dir.status, {"state": "done"} if whole else {"state": "partial", "levels": done})
+        if only is not None:
+            write_json(self.dir.level(only).status, {"state": "done"})
 
     def status(self, state: str, **more: Any) -> None:
-        """Write status.json."""
-        write_json(self.dir.status, {"state": state, **more})
+        """Write status.json, and that of the level when this process runs it alone."""
+        write_status(self.params, state, **more)
+
+
+def write_status(params: Params, state: str, **more: Any) -> None:
+    """Write status.json; of a process that runs one level alone, the level's too, which others do not overwrite."""
+    for path in _status_files(params):
+        write_json(path, {"state": state, **more})
 
 
 def fail(params: Params, reason: str) -> None:
     """Mark a run that is under way as failed. The first reason stays: the other ranks fail because one did."""
-    path = run_dir(params).status
-    try:
-        running = json.loads(path.read_text(encoding="utf-8"))["state"] == "running"
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if running:
-        write_json(path, {"state": "failed", "reason": reason})
+    for path in _status_files(params):
+        try:
+            running = json.loads(path.read_text(encoding="utf-8"))["state"] == "running"
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if running:
+            write_json(path, {"state": "failed", "reason": reason})
+
+
+def _status_files(params: Params) -> list[Path]:
+    """What its process reports of a level is never lost to another task of the run."""
+    own, run = run_dir(params).status_of(params.levels.only), run_dir(params).status
+    return [run] if own == run else [own, run]
 
 
 class EpochsCsv:
-    """epochs.csv, one row per epoch, on disk as the epoch ends. Without a path it writes nothing."""
+    """epochs.csv, one row per epoch, on disk as the epoch ends. Without a path it writes nothing.
 
-    def __init__(self, path: Path | None) -> None:
+    rows: of the epochs before; whatever else the file held is cut off.
+    """
+
+    def __init__(self, path: Path | None, rows: Sequence[Row] = ()) -> None:
         self.path = path
+        self._before = rows
 
     def __enter__(self) -> EpochsCsv:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = open(self.path, "w", newline="", encoding="utf-8")
-            self._writer = csv.DictWriter(self._handle, EPOCH_COLUMNS, extrasaction="ignore", lineterminator="\n")
-            self._writer.writeheader()
+            with replacing(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
+                _epochs_writer(handle).writeheader()
+                for row in self._before:
+                    _epochs_writer(handle).writerow(_cells(row))
+            self._handle = open(self.path, "a", newline="", encoding="utf-8")
+            self._writer = _epochs_writer(self._handle)
         return self
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row and flush it to disk. None becomes an empty cell."""
         if self.path is not None:
-            self._writer.writerow({key: "" if value is None else value for key, value in row.items()})
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
+            with explaining(self.path):
+                self._writer.writerow(_cells(row))
+                self._handle.flush()
+                os.fsync(self._handle.fileno())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.path is not None:
-            self._handle.close()
+            with explaining(self.path):  # a full disk refuses what is left in the buffer once more
+                self._handle.close()
+
+
+def _epochs_writer(handle: TextIO) -> csv.DictWriter[str]:
+    return csv.DictWriter(handle, EPOCH_COLUMNS, extrasaction="ignore", lineterminator="\n")
+
+
+def _cells(row: Row) -> Row:
+    return {key: "" if value is None else value for key, value in row.items()}
 
 
 def _accuracies(rows: list[Row], final: Row) -> Row:
@@ -261,5 +304,5 @@ def _digest(path: str) -> str:
     return sha256(Path(path))
 
 
-def _short(value: str | None) -> str:
-    return "absent" if value is None else value[:16]
+def _short(value: Any) -> str:
+    return "absent" if value is None else str(value)[:16]

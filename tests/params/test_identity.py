@@ -22,7 +22,8 @@ from utils.params.parsing import dump
 GOLDEN_VERSION = 2
 
 DEFAULTS = """
-run: {root: runs, name: sieve, seed: 0, plan: false, device: auto, deterministic: false, threads: auto}
+run: {root: runs, name: sieve, seed: 0, plan: false, device: auto, deterministic: false, threads: auto,
+      checkpoint_epochs: none, checkpoint_minutes: 10.0, keep: last, array: false, seeds: [], where: false}
 model: {name: cifar/resnet20, pretrained: ''}
 data:
   {name: cifar10, root: data, betons: auto, loader: ffcv, download: true, val: 0.1, subset: none, split_seed: 0,
@@ -58,13 +59,16 @@ recipe.rescale:
 levels:
   {spacing: geometric, rate: 0.2, target: none, count: none, densities: [], start: none, start_criterion: none,
    start_allocation: none, rewind: lrr, rewind_step: none,
-   rewind_optimizer: false, rewind_schedule: continue, epochs: [], finetune_lr: auto, only: none}
+   rewind_optimizer: false, rewind_schedule: continue, epochs: [], finetune_lr: auto, wait: 0.0,
+   only: none}
 distributed: {backend: auto, timeout: 600.0, find_unused_parameters: false, sync_batchnorm: false}
 """
 
 UNHASHED = {
     "run.root", "run.plan", "data.betons", "data.download", "data.workers", "data.os_cache", "training.compile",
-    "training.check_every", "training.gradient_norms", "levels.only", "distributed.backend", "distributed.timeout",
+    "training.check_every", "training.gradient_norms", "levels.only", "run.checkpoint_epochs",
+    "run.checkpoint_minutes", "run.keep", "run.array", "run.seeds", "run.where",
+    "levels.wait", "distributed.backend", "distributed.timeout",
 }  # fmt: skip
 
 GOLDEN: list[tuple[dict[str, Any], str]] = [

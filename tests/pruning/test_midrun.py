@@ -276,7 +276,8 @@ def test_a_restart_knows_whether_it_has_pruned() -> None:
         assert second.pruning.pruned_at_step == first.pruning.pruned_at_step == (8 if epochs_before == 2 else None)
         for epoch in range(epochs_before, 3):
             second.pruning.epoch_end(epoch)
-        assert second.told == ([] if epochs_before == 2 else [8])
+        # What a pruning changes of the schedule is done again, whether it happened before the restart or after it.
+        assert second.told == [8]
 
 
 def test_a_state_of_another_moment_is_refused() -> None:

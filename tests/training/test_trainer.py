@@ -351,7 +351,7 @@ def test_a_nan_is_found_at_the_next_look() -> None:
     model, memory = network(), Memory()
     memory.batches[2][0][0, 0, 0, 0] = float("nan")
     optimizer, held = attached(model)
-    with pytest.raises(UserError, match=r"level 3, step 4, rank 0: the loss became nan at learning rate 0\.025"):
+    with pytest.raises(UserError, match=r"level 3, step 2, rank 0: the loss became nan at learning rate 0\.0333"):
         trainer(model, memory, check_every=2).fit(Stage(3, 1, rate), optimizer, held)
 
 

@@ -27,8 +27,12 @@ from utils.data.spec import DataSpec
 from utils.system import atomic
 from utils.system.cpus import allowed_cpus
 from utils.system.errors import EXIT_BAD_INPUT, UserError
+from utils.system.json_file import read_json
 
 SIDECAR_FORMAT = 1
+
+SIDECAR_LIMIT = 8 << 20
+"""Bytes a sidecar may have: those of some hundred thousand class names."""
 
 
 def writer_parameters(spec: DataSpec) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def write(source: Source, path: Path, spec: DataSpec, workers: int, progress: bo
     digest = source.digest()  # before any image is read: one that changes meanwhile must not pass for what was written
     bar = Progress(path, len(labels), progress)
     try:
-        with atomic.replacing(path) as temporary:
+        with atomic.replacing(path, "free some space or set data.betons") as temporary:
             with open(temporary, "wb") as handle:
                 write_images(handle, source, encoder, max(1, min(workers, allowed_cpus())), bar)
             sidecar = {
@@ -82,8 +86,6 @@ def write(source: Source, path: Path, spec: DataSpec, workers: int, progress: bo
             }
             # An older sidecar must never stand beside a newer file.
             sidecar_of(path).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({one_line(error)}); free some space or set data.betons") from error
     finally:
         bar.close()
     atomic.write_json(sidecar_of(path), sidecar)
@@ -213,7 +215,7 @@ def _lock(spec: DataSpec, path: Path) -> Iterator[None]:
 def _read_sidecar(path: Path) -> dict[str, Any]:
     place = sidecar_of(path)
     try:
-        sidecar = json.loads(place.read_text(encoding="utf-8"))
+        sidecar = read_json(place, SIDECAR_LIMIT)
         wanted = {"samples": int, "classes": list, "histogram": list, "writer": dict, "bytes": int, "sha256": str}
         whole = sidecar["format"] == SIDECAR_FORMAT and all(isinstance(sidecar[k], kind) for k, kind in wanted.items())
     except (OSError, ValueError, KeyError, TypeError):

@@ -58,7 +58,10 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix.lower() == ".safetensors":
         return _plain_keys(files.load_weights(path))
     try:
+        files.check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError as error:
+        raise UserError(f"model.pretrained: {error}") from error
     except Exception as error:  # broken archives and pickles raise nearly anything
         raise UserError(
             f"model.pretrained: {path}: not a whole torch file of plain tensors ({one_line(error)}); "
@@ -68,7 +71,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _state_dict_in(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    while isinstance(content, Mapping):
+    for _ in range(files.MOST_WRAPPERS):
+        if not isinstance(content, Mapping):
+            break
         inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
@@ -78,6 +83,7 @@ def _state_dict_in(content: Any, path: Path) -> dict[str, torch.Tensor]:
     for key, value in content.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(f"model.pretrained: {path}: {key!r} is no tensor; save the model's state_dict alone")
+        files.check_foreign(path, str(key), value)
     return dict(content)
 
 
@@ -125,6 +131,7 @@ def put(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> N
             if own[name].shape != tensor.shape or own[name].is_floating_point() != tensor.is_floating_point()
         ],
     )
+    _refuse(source, "hold NaN", [n for n, t in state.items() if t.is_floating_point() and bool(t.isnan().any())])
     for name, tensor in state.items():
         own[name].copy_(tensor)
 

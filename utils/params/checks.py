@@ -93,9 +93,11 @@ def _problems(params: Params, plan: bool) -> Iterator[str]:
     yield from _schedule(params)
     yield from _data(params)
     yield from _layer_densities(params)
+    yield from _keep(params)
     yield from method_checks.problems(params, plan)
     yield from recipe_checks.problems(params)
     if plan:
+        yield from _array(params)
         yield from _ignored(params, _PLAN_IGNORED)
         yield from _plan(params)
         yield from _rewind(params)
@@ -203,6 +205,28 @@ def _data(params: Params) -> Iterator[str]:
             "lower it"
         )
     yield from _progressive(params)
+
+
+def _array(params: Params) -> Iterator[str]:
+    run, levels = params.run, params.levels
+    if run.array and levels.only is not None:
+        yield f"levels.only={levels.only}: run.array says which level runs; drop one of them"
+    if run.seeds and not run.array:
+        yield "run.seeds: has no effect without run.array; set run.array=true, or run.seed"
+    if run.seeds and run.seed:
+        yield f"run.seed={run.seed}: run.seeds lists the seeds; drop one of them"
+    if len(set(run.seeds)) < len(run.seeds):
+        yield "run.seeds: lists a seed twice; keep one of them"
+    if levels.wait and levels.only is None and not run.array:
+        yield "levels.wait: has no effect without levels.only or run.array; set one of them or drop it"
+
+
+def _keep(params: Params) -> Iterator[str]:
+    run = params.run
+    if run.keep == "best" and not params.data.val:
+        yield "run.keep=best: needs validation images, never the test set; set data.val, e.g. 0.1"
+    if run.keep == "all" and run.checkpoint_epochs is None:
+        yield "run.keep=all: keeps the states of run.checkpoint_epochs, which is not set; set it, e.g. to 1"
 
 
 def _progressive(params: Params) -> Iterator[str]:

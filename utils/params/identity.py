@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from utils.params import Params
@@ -23,6 +24,11 @@ def run_id(params: Params) -> str:
     """`<run.name>-<10 hex digits>`: the run directory's name."""
     text = json.dumps({"version": VERSION, "fields": hashed_fields(params)}, sort_keys=True, separators=(",", ":"))
     return f"{params.run.name}-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"
+
+
+def run_path(params: Params) -> Path:
+    """The directory of the run this config names."""
+    return Path(params.run.root) / run_id(params)
 
 
 def hashed_fields(params: Params) -> dict[str, Any]:

@@ -55,6 +55,9 @@ class Levels:
         (), "epochs per level: one number for all, or one per level; empty: training.epochs", low=0
     )
     finetune_lr: float | None = param(None, "learning rate of rewind `none`; auto: the schedule's last", above=0.0)
+    wait: float = param(
+        0.0, "minutes levels.only waits for the level it starts from; 0: an error at once", low=0.0, hashed=False
+    )
     only: int | None = param(
         None, "run this level alone; the levels it needs must be there", low=0, empty="none", hashed=False
     )

@@ -71,6 +71,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ParamError(f"{path}: {_problem(error)}") from None
+    except (ValueError, OverflowError):  # PyYAML of an escape such as \UFFFFFFFF
+        raise ParamError(f"{path}: not a valid config: an escape that is no character") from None
     if content is None:
         raise ParamError(f"{path}: the file holds no keys; write section: {{key: value}} lines or drop it")
     if not isinstance(content, dict):

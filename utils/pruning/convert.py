@@ -96,12 +96,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     # safetensors: eight bytes of header length, then JSON.
     if path.suffix == ".safetensors" or (head[5:9] == b"\0\0\0{"):
         return files.load_tensors(path)
+    files.check_archive(path)
     payload = _unwrapped(_unpickled(path, mmap=head[:2] == b"PK"))
     if not isinstance(payload, Mapping):
         raise UserError(f"{path}: holds {type(payload).__name__}, not a dict of tensors; save a state_dict")
-    return {
-        name: tensor for name, tensor in payload.items() if isinstance(name, str) and isinstance(tensor, Tensor)
-    }, {}
+    tensors = {name: tensor for name, tensor in payload.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    for name, tensor in tensors.items():
+        files.check_foreign(path, name, tensor)
+    return tensors, {}
 
 
 def _unpickled(path: Path, mmap: bool) -> Any:
@@ -123,8 +125,10 @@ def _unpickled(path: Path, mmap: bool) -> Any:
 
 
 def _unwrapped(payload: Any) -> Any:
-    """The innermost state_dict of a checkpoint."""
-    while isinstance(payload, Mapping):
+    """The innermost state_dict of a checkpoint; of one that holds itself, some level."""
+    for _ in range(files.MOST_WRAPPERS):
+        if not isinstance(payload, Mapping):
+            break
         inner = next((payload[key] for key in WRAPPERS if isinstance(payload.get(key), Mapping)), None)
         if inner is None:
             break

@@ -80,7 +80,7 @@ class MidRunPruning(Extension):
         return {"pruned_at_step": torch.tensor(done), **{_TRIGGER + name: t for name, t in watched.items()}}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` returned. What `on_pruned` did is the caller's to repeat, from `pruned_at_step`."""
+        """Take back what `state` returned; `on_pruned` is told of a pruning that has happened."""
         watched = {name.removeprefix(_TRIGGER): t for name, t in state.items() if name.startswith(_TRIGGER)}
         if "pruned_at_step" not in state or bool(watched) != (self.trigger is not None):
             raise UserError("the checkpoint is of another pruning.moment; remove it or set the moment it had")
@@ -88,6 +88,8 @@ class MidRunPruning(Extension):
         self.pruned_at_step = None if done == _PENDING else done
         if self.trigger is not None:
             self.trigger.load_state(watched)
+        if self.pruned_at_step is not None:
+            self.on_pruned(self.pruned_at_step)
 
     def _due(self, step: int) -> bool:
         return self.pruned_at_step is None and self.at is not None and step >= self.at

@@ -1,6 +1,7 @@
 """`python -m utils.reporting COMMAND`: read runs that are finished or still going on.
 
 table, mean, plot, csv RUN...       levels of runs, from their rows alone
+verify RUN...                       whether the files of a run hold what they say
 activations RUN --level N           what comes out of every activation of a level's network
 masks FILE-OR-RUN...                Hamming and Jaccard of masks, layer by layer, for every pair
 connectivity RUN RUN --level N      error along the line between the weights of two runs
@@ -18,6 +19,7 @@ from typing import Any
 from utils.reporting.rows import read_rows
 from utils.reporting.runs import experiments, find_runs, over_seeds, read_runs
 from utils.reporting.table import levels_table, render
+from utils.reporting.verify import verify
 from utils.system import atomic
 from utils.system.errors import EXIT_BAD_INPUT, UserError
 
@@ -30,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         "mean": "mean and standard deviation over seeds, per experiment and density",
         "plot": "accuracy against density, one curve per experiment",
         "csv": "the levels of all runs with their configs, in one file",
+        "verify": "recompute digests, counts, zeros and rows; say what does not hold (exit code 1)",
     }.items():
         command = commands.add_parser(name, help=help)
         command.add_argument("runs", nargs="+", metavar="RUN", help="run directory, its levels.csv, or a quoted glob")
@@ -84,6 +87,20 @@ def _table(runs: Sequence[str]) -> str:
     return levels_table(rows)
 
 
+def _verify(runs: Sequence[str]) -> int:
+    """Print what does not hold of each run; returns the exit code."""
+    failed = 0
+    for run in find_runs(runs):
+        problems = verify(run)
+        finished = sum(run.level(number).row.is_file() for number in run.levels())
+        for problem in problems:
+            print(problem)
+        if not problems:
+            print(f"{run.path}: all holds ({finished} finished level{'s' * (finished != 1)})")
+        failed += bool(problems)
+    return 1 if failed else 0
+
+
 def _run(args: argparse.Namespace) -> str:
     if args.command == "table":
         return _table(args.runs)
@@ -106,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parser().parse_args(argv)
     try:
+        if args.command == "verify":
+            return _verify(args.runs)
         print(_run(args))
     except UserError as error:
         print(f"sieve: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ def checked(row: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     for name in row:
         if name not in BY_NAME:
-            raise UserError(f"{source}: unknown column {name!r}{nearest(name, BY_NAME)}")
+            raise UserError(f"{source}: unknown column {name!r:.80}{nearest(name[:80], BY_NAME)}")
     return {column.name: _value(column, row.get(column.name), source) for column in COLUMNS}
 
 
@@ -113,7 +114,9 @@ def _value(column: Column, value: Any, source: str) -> Any:
     if column.kind is float and type(value) is int:
         value = float(value)
     if not _is_of(value, column.kind):
-        raise UserError(f"{source}: {column.name}={value!r} is not of type {column.kind.__name__}")
+        raise UserError(f"{source}: {column.name}={value!r:.80} is not of type {column.kind.__name__}")
+    if column.kind is str and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+        raise UserError(f"{source}: {column.name}={value!r:.80} holds control characters")
     if column.kind is float and not math.isfinite(value):
         raise UserError(f"{source}: {column.name}={value!r} is not a finite number")
     if (column.low is not None and value < column.low) or (column.high is not None and value > column.high):

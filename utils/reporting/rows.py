@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from utils.reporting.columns import COLUMNS, cell, checked
 from utils.system import atomic
 from utils.system.errors import UserError
+from utils.system.json_file import read_json
 from utils.system.rundir import RunDir
 
 Row = dict[str, Any]
@@ -20,7 +20,7 @@ def read_row(path: str | Path) -> Row:
     """The checked row in one row.json. Raises UserError naming the file when it is not one."""
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        content = read_json(path)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({_brief(error)}); delete it to run its level again") from None
     if not isinstance(content, dict):
@@ -28,12 +28,8 @@ def read_row(path: str | Path) -> Row:
     return checked(content, str(path))
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a number")
-
-
 def _brief(error: Exception) -> str:
-    return str(error).replace("\n", " ")
+    return " ".join(str(error).split())
 
 
 def read_rows(run: RunDir) -> list[Row]:
@@ -60,7 +56,14 @@ def csv_text(rows: list[Row]) -> str:
 
 
 def rebuild(run: RunDir) -> list[Row]:
-    """Write levels.csv, atomically, from the rows that are there; returns them."""
+    """Write levels.csv, atomically, from the rows that are there; returns them.
+
+    Tasks of an array do so at the same time. Each looks again once it has written: whoever writes last has seen the
+    row of everybody who wrote before, so none is lost.
+    """
     rows = read_rows(run)
-    atomic.write_text(run.levels_csv, csv_text(rows))
-    return rows
+    while True:
+        atomic.write_text(run.levels_csv, csv_text(rows))
+        written, rows = rows, read_rows(run)
+        if rows == written:
+            return rows

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from utils.params import catalog
+from utils.params.yaml_file import read_yaml
 from utils.reporting.columns import COLUMNS
 from utils.reporting.rows import Row, read_rows
 from utils.system.errors import UserError
@@ -52,9 +53,10 @@ def read_config(run: RunDir) -> dict[str, Any]:
     """config.yaml as `section.key` to value, lists as text; empty when there is none. Raises UserError if broken."""
     if not run.config.exists():
         return {}
+    read_yaml(run.config)  # within limits, and neither tags nor aliases: nothing below can expand
     try:
         content = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise UserError(f"{run.config}: not readable as YAML ({first})") from None
     if not isinstance(content, dict):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from utils.system.errors import UserError
+from utils.system.errors import Busy, UserError
 
 T = TypeVar("T")
 
@@ -74,6 +74,17 @@ def start(place: World, device: torch.device, backend: str = "auto", timeout: fl
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **options)
 
 
+def side_group(timeout: float = 600.0) -> dist.ProcessGroup | None:
+    """A new group of all ranks over gloo, for small CPU tensors that no device must wait for; None for one process.
+
+    timeout: seconds a collective of it may wait for another rank.
+    """
+    if not active() or dist.get_world_size() == 1:
+        return None
+    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+    return None if isinstance(group, int) else group
+
+
 def stop() -> None:
     """Leave the process group, if in one. Drop every DDP module first.
 
@@ -132,13 +143,14 @@ def from_main(make: Callable[[], T]) -> T:
         try:
             box[0] = make()
         except Exception as error:  # its text goes to every rank, for not every exception can be pickled
-            failure, box[1] = error, (isinstance(error, UserError), f"{error}" or type(error).__name__)
+            kind = next((known for known in (Busy, UserError) if isinstance(error, known)), None)
+            failure, box[1] = error, (kind, f"{error}" or type(error).__name__)
     dist.broadcast_object_list(box, src=0)
     if failure is not None:
         raise failure
     if box[1] is not None:
-        mendable, text = box[1]
-        raise UserError(text) if mendable else RuntimeError(f"rank 0 failed: {text}")
+        kind, text = box[1]
+        raise RuntimeError(f"rank 0 failed: {text}") if kind is None else kind(text)
     value: T = box[0]
     return value
 

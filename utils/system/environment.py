@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import platform
 import socket
@@ -28,6 +29,10 @@ PACKAGES = (
 )
 
 
+MOST_STARTS = 1000
+"""Starts a record keeps, the newest."""
+
+
 def describe(world: World, device: torch.device) -> dict[str, Any]:
     """Everything about this process and machine that can change bits or speed."""
     return {
@@ -44,6 +49,12 @@ def describe(world: World, device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def start_of(described: dict[str, Any]) -> dict[str, Any]:
+    """What is noted of every start of a run, the first and those that resume it, of `describe`'s record."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"time": now, **{name: described[name] for name in ("command", "host", "ranks", "revision")}}
 
 
 def _version(package: str) -> str | None:

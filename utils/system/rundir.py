@@ -55,8 +55,27 @@ class LevelDir:
 
     @property
     def checkpoint(self) -> Path:
-        """State inside the level (safetensors)."""
+        """Newest state inside the level (safetensors); gone once the level is done, unless run.keep says otherwise."""
         return self.path / "checkpoint.safetensors"
+
+    @property
+    def previous(self) -> Path:
+        """The checkpoint before the newest one."""
+        return self.path / "checkpoint.previous.safetensors"
+
+    def checkpoint_of(self, epoch: int) -> Path:
+        """The state after `epoch` (counted from 1), with run.keep=all."""
+        return self.path / f"checkpoint_{epoch:04d}.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """Weights of the epoch with the best validation accuracy, with run.keep=best (safetensors)."""
+        return self.path / "best.safetensors"
+
+    @property
+    def status(self) -> Path:
+        """State of a process that runs this level alone, as status.json is that of one that runs the plan."""
+        return self.path / "status.json"
 
     @property
     def gradients(self) -> Path:
@@ -90,6 +109,10 @@ class RunDir:
         """running, preempted, failed or done."""
         return self.path / "status.json"
 
+    def status_of(self, level: int | None) -> Path:
+        """Where a process writes its state: one that runs `level` alone has a file of its own."""
+        return self.status if level is None else self.level(level).status
+
     @property
     def levels_csv(self) -> Path:
         """One row per finished level."""
@@ -110,3 +133,10 @@ class RunDir:
             return []
         found = (re.fullmatch(r"level_(\d{2,})", entry.name) for entry in self.path.iterdir() if entry.is_dir())
         return sorted(int(match[1]) for match in found if match)
+
+
+def planted_links(run: RunDir) -> list[Path]:
+    """Symbolic links among a run's files and level folders: whatever is written through one lies outside the run."""
+    inside = [run.path, *(run.level(number).path for number in run.levels())]
+    found = {entry for folder in inside if folder.is_dir() for entry in folder.iterdir() if entry.is_symlink()}
+    return sorted(found)

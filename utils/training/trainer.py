@@ -7,11 +7,9 @@ the device; they are looked at every `training.check_every` steps and reduced ov
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -23,34 +21,19 @@ from utils.data.stateless import derive
 from utils.files import state_of
 from utils.sparsity import Sparsity
 from utils.system.console import Console
-from utils.system.distributed import World, sum_over_ranks
-from utils.system.errors import UserError
+from utils.system.distributed import World, gather, sum_over_ranks
+from utils.system.errors import Preempted
+from utils.system.stopping import Never, Stopped
 from utils.tasks.classification import ImageClassification
 from utils.training import precision
 from utils.training.averaging import ExponentialAverage
 from utils.training.batchnorm import average_statistics, averaged_statistics
 from utils.training.extension import Extension
 from utils.training.parallel import warm, wrap
+from utils.training.progress import Keeper, Live, Progress, Row, Stage
+from utils.training.watch import Clock, LossWatch
 
-Row = dict[str, Any]
-
-
-@dataclass
-class Stage:
-    """One level's training. Extensions may change `epochs` and `lr` while it runs; both are read anew every time.
-
-    epochs      length of the schedule; training ends at its last step. May change up to the end of the last epoch;
-                images that grow with training then follow the new length
-    start       optimizer step training begins at (`wr` continues the schedule of the rewind step)
-    lr          learning rate at a step
-    marks       step -> called once the step's predecessors are done and before the step itself (rewind points)
-    """
-
-    level: int
-    epochs: int
-    lr: Callable[[int], float]
-    start: int = 0
-    marks: dict[int, Callable[[], None]] = field(default_factory=dict)
+__all__ = ["Row", "Stage", "Trainer"]
 
 
 class Trainer:
@@ -68,8 +51,12 @@ class Trainer:
         world: World,
         device: torch.device,
         console: Console,
+        stopping: Never | None = None,
     ) -> None:
-        """`model` is on `device`, in its final memory format, and bitwise the same on every rank."""
+        """`model` is on `device`, in its final memory format, and bitwise the same on every rank.
+
+        stopping: asked between steps, and between batches of an evaluation, whether to end.
+        """
         self.model = model
         self.task = task
         self.loaders = loaders
@@ -78,6 +65,8 @@ class Trainer:
         self.world = world
         self.device = device
         self.console = console
+        self.stopping = stopping or Never()
+        self._shared: dict[int, int] = {}
         self.dtype = precision.choose(training.precision, device)
         self.wrapped: Any = wrap(model, distributed, device)
         # Evaluation goes around DDP: ranks may have different numbers of batches there.
@@ -95,85 +84,136 @@ class Trainer:
         sparsity: Sparsity,
         extensions: Sequence[Extension] = (),
         on_epoch: Callable[[Row], None] = lambda row: None,
+        keeper: Keeper | None = None,
     ) -> list[Row]:
         """Train the stage; one row per epoch, handed to `on_epoch` as it ends.
 
-        Raises UserError when a loss is NaN or infinite, naming level, step and rank.
+        keeper: stores the state of training and puts back what it stored; training then goes on from there, and the
+        rows of the epochs before come first.
+
+        Raises UserError when a loss is NaN or infinite, naming level, step and rank; Preempted, on all ranks after the
+        same step and with the state stored, when a stop was asked for.
         """
         self.scaler = precision.scaler(self.device, self.dtype)
-        step, rows = stage.start, []
-        self._mark(stage, step)
-        while step < stage.epochs * self.steps_per_epoch:
-            epoch = step // self.steps_per_epoch
-            begin = time.perf_counter()
-            row: Row = {"level": stage.level, "epoch": epoch, "lr": stage.lr(step)}
-            step, measured = self._train_epoch(stage, epoch, step, optimizer, sparsity, extensions)
-            row |= {"step": step, **measured}
-            for extension in extensions:
-                row |= extension.epoch_end(epoch)
-            if (epoch + 1) % self.section.eval_every == 0 or epoch + 1 >= stage.epochs:
-                row |= self.evaluate_all(extensions)
-            row["seconds"] = time.perf_counter() - begin
-            rows.append(row)
-            on_epoch(row)
-        return rows
+        self.losses = LossWatch(stage.level, self.world.rank, self.scaler.is_enabled())
+        keeper = keeper or Keeper()
+        progress = Progress(stage.start // self.steps_per_epoch, stage.start)
+        live = Live(stage, optimizer, sparsity, extensions, self.scaler, progress)
+        if not keeper.restore(live):
+            self._mark(stage, progress.step)
+        while progress.epoch < stage.epochs:
+            if progress.row is None:
+                self._train_epoch(live, keeper)
+                self._end_epoch(live)
+            try:
+                self._evaluate_epoch(live)
+            except Stopped as stopped:
+                self._preempt(live, keeper, stopped.reason)
+            progress.next_epoch()
+            keeper.epoch_done(live)
+            on_epoch(progress.rows[-1])
+        return progress.rows
 
-    def _train_epoch(
-        self,
-        stage: Stage,
-        epoch: int,
-        step: int,
-        optimizer: torch.optim.Optimizer,
-        sparsity: Sparsity,
-        extensions: Sequence[Extension],
-    ) -> tuple[int, Row]:
-        """Steps from `step` to the end of `epoch`. Returns the step reached and the epoch's measurements."""
-        accumulation = self.section.accumulation
-        first = step - epoch * self.steps_per_epoch
-        self._seed_epoch(stage.level, epoch)
-        size = self.loaders.spec.size_at(epoch / max(stage.epochs, 1))
-        self.loaders.train.set_epoch(stage.level, epoch, start_batch=first * accumulation, size=size)
+    def _train_epoch(self, live: Live, keeper: Keeper) -> None:
+        """The steps that are left of the epoch at work."""
+        stage, progress, accumulation = live.stage, live.progress, self.section.accumulation
+        epoch = progress.epoch
+        first = progress.step - epoch * self.steps_per_epoch
+        self._begin_epoch(live)
+        assert progress.totals is not None
+        self.loaders.train.set_epoch(stage.level, epoch, start_batch=first * accumulation, size=progress.size)
         self.model.train()
-        totals = self.task.totals(self.device)
-        clock = _Clock(self.device)
+        clock = Clock(self.device)
         count = (self.steps_per_epoch - first) * accumulation
         label = f"level {stage.level} epoch {epoch + 1}/{stage.epochs}"
-        batches = self.console.progress(clock.waits(self.loaders.train), count, label)
+        batches = self.console.progress(clock.waits(self.loaders.train), count, label) if count else iter(())
         number, dense = -1, False
         for number, batch in enumerate(batches):
             last = (number + 1) % accumulation == 0
+            step = progress.step
             if number % accumulation == 0:
-                dense = self._begin_step(step, sparsity, extensions)
-            self._backward(
-                batch, totals, derive("mix", self.seed, stage.level, step, number % accumulation, self.world.rank), last
-            )
+                dense = self._begin_step(step, live.sparsity, live.extensions)
+            key = derive("mix", self.seed, stage.level, step, number % accumulation, self.world.rank)
+            self._backward(batch, progress.totals, key, last, step, stage.lr(step))
             if last:
-                self._end_step(stage, step, dense, optimizer, sparsity, extensions)
-                step += 1
-                if step % self.section.check_every == 0:
-                    self._check_losses(totals, stage, step, optimizer.param_groups[0]["lr"])
-                self._mark(stage, step)
-        if step != (epoch + 1) * self.steps_per_epoch:
+                self._end_step(stage, step, dense, live.optimizer, live.sparsity, live.extensions)
+                progress.step += 1
+                progress.images += self.section.batch_size
+                if progress.step % self.section.check_every == 0:
+                    self.losses.check(progress.totals, keeper.last())
+                self._mark(stage, progress.step)
+                self._poll(live, keeper, clock)
+        if progress.step != (epoch + 1) * self.steps_per_epoch:
             raise RuntimeError(f"the loader ended after {number + 1} of {count} batches")
-        self._check_losses(totals, stage, step, optimizer.param_groups[0]["lr"])
+        self.losses.check(progress.totals, keeper.last())
+        clock.stop(progress)
+
+    def _begin_epoch(self, live: Live) -> None:
+        """Settle what an epoch begins with, unless it was begun before a resume."""
+        stage, progress = live.stage, live.progress
+        if progress.lr is None:
+            self._seed_epoch(stage.level, progress.epoch)
+            progress.lr = stage.lr(progress.step)
+            progress.size = self.loaders.spec.size_at(progress.epoch / max(stage.epochs, 1))
+        zeros = self.task.totals(self.device)
+        progress.totals = zeros if progress.totals is None else zeros.copy_(progress.totals)
+
+    def _end_epoch(self, live: Live) -> None:
+        """What follows an epoch's last step: averaged statistics, measurements, extensions."""
+        stage, progress = live.stage, live.progress
+        assert progress.totals is not None
         average_statistics(self.model)
-        seconds, waited = clock.stop()
-        read = self.task.read(sum_over_ranks(totals))
-        images = (self.steps_per_epoch - first) * self.section.batch_size
-        return step, {
+        read = self.task.read(sum_over_ranks(progress.totals.clone()))
+        row: Row = {
+            "level": stage.level,
+            "epoch": progress.epoch,
+            "lr": progress.lr,
+            "step": progress.step,
             "train_loss": read["loss"],
             "train_acc": read["acc"],
-            "images_per_second": images / seconds,
-            "data_wait": waited / seconds,
+            "images_per_second": progress.images / progress.seconds,
+            "data_wait": progress.waited / progress.seconds,
         }
+        for extension in live.extensions:
+            row |= extension.epoch_end(progress.epoch)
+        progress.row = row
 
-    def _backward(self, batch: tuple[torch.Tensor, torch.Tensor], totals: torch.Tensor, key: int, last: bool) -> None:
+    def _evaluate_epoch(self, live: Live) -> None:
+        """The epoch's evaluation. Raises Stopped where a stop was asked for meanwhile, as if it had not begun."""
+        begin, progress = time.perf_counter(), live.progress
+        assert progress.row is not None
+        row = dict(progress.row)
+        if (progress.epoch + 1) % self.section.eval_every == 0 or progress.epoch + 1 >= live.stage.epochs:
+            row |= self.evaluate_all(live.extensions)
+        row["seconds"] = progress.seconds + time.perf_counter() - begin
+        progress.row = row
+
+    def _poll(self, live: Live, keeper: Keeper, clock: Clock) -> None:
+        """Between two steps: store the state when the ranks agree that it is time, and end when they agree to stop."""
+        answer = self.stopping.poll(keeper.due())
+        if not (answer.stop or answer.due):
+            return
+        assert live.progress.totals is not None
+        self.losses.check(live.progress.totals, keeper.last())
+        clock.stop(live.progress)
+        if answer.stop:
+            self._preempt(live, keeper, answer.stop)
+        keeper.save(live)
+
+    def _preempt(self, live: Live, keeper: Keeper, reason: str) -> NoReturn:
+        self.stopping.drain()
+        raise Preempted(f"stopped by {reason}; the same command goes on from {keeper.save(live)}")
+
+    def _backward(
+        self, batch: tuple[torch.Tensor, torch.Tensor], totals: torch.Tensor, key: int, last: bool, step: int, lr: float
+    ) -> None:
         """Forward and backward of one micro-batch; gradients are reduced over ranks with the last one only."""
         with self._reduction(last):
             with precision.autocast(self.device, self.dtype):
                 loss, logits = self.task.loss(self.wrapped, batch, key)
             self.scaler.scale(loss / self.section.accumulation).backward()
-        self.task.accumulate(totals, loss, logits, batch[1])
+        with self.losses.counted(totals, step, lr, loss.detach()):
+            self.task.accumulate(totals, loss, logits, batch[1])
 
     def _reduction(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         no_sync = getattr(self.wrapped, "no_sync", None)
@@ -240,26 +280,30 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, loader: Loader) -> dict[str, float]:
-        """Mean loss, accuracy and top-5 accuracy (percent) of the model over a split; every sample counts once."""
+        """Mean loss, accuracy and top-5 accuracy (percent) of the model over a split; every sample counts once.
+
+        Raises Stopped, on all ranks at the same batch, when a stop was asked for.
+        """
         self.forward.eval()
         totals = self.task.totals(self.device)
+        shared = self._shared_batches(loader)
         with precision.autocast(self.device, self.dtype):
-            for batch in loader:
+            for number, batch in enumerate(loader):
                 totals += self.task.evaluate_batch(self.forward, batch)
+                if number < shared and (reason := self.stopping.poll().stop):
+                    raise Stopped(reason)
         self.forward.train()
         return self.task.read(sum_over_ranks(totals))
+
+    def _shared_batches(self, loader: Loader) -> int:
+        """How many batches every rank has: up to there the ranks can agree on something after each of them."""
+        if id(loader) not in self._shared:
+            self._shared[id(loader)] = min(gather(len(loader)))
+        return self._shared[id(loader)]
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
         """The model's state with BatchNorm statistics averaged over ranks; the model itself stays as it is."""
         return state_of(self.model) | averaged_statistics(self.model)
-
-    def _check_losses(self, totals: torch.Tensor, stage: Stage, step: int, lr: float) -> None:
-        # The sum keeps a NaN or an infinity, so a look now and then misses none.
-        if not math.isfinite(float(totals[0])):
-            raise UserError(
-                f"level {stage.level}, step {step}, rank {self.world.rank}: the loss became {float(totals[0])} at "
-                f"learning rate {lr:g}; lower optimizer.lr, add schedule.warmup or training.clip"
-            )
 
     def _mark(self, stage: Stage, step: int) -> None:
         if step in stage.marks:
@@ -277,29 +321,3 @@ class Trainer:
         with precision.autocast(self.device, self.dtype):
             loss = wrapped(images).float().sum()
         loss.backward()
-
-
-class _Clock:
-    """Wall time of an epoch and the part of it spent waiting for data."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.begin = time.perf_counter()
-        self.waited = 0.0
-
-    def waits(self, loader: Loader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The loader's batches, timing each wait."""
-        iterator = iter(loader)
-        while True:
-            begin = time.perf_counter()
-            batch = next(iterator, None)
-            self.waited += time.perf_counter() - begin
-            if batch is None:
-                return
-            yield batch
-
-    def stop(self) -> tuple[float, float]:
-        """Seconds since the start and seconds waited, once the device is idle."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - self.begin, self.waited

@@ -12,21 +12,22 @@ are those of the stock network throughout.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 from utils.training.extension import Extension
 
 
-class Inserted(Extension):
+class Inserted(Extension, ABC):
     """An extension that puts something into the network, which it can also take out for a while."""
 
+    @abstractmethod
     def insert(self) -> None:
         """Put it in; nothing to do when it is in or over."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self) -> None:
         """Take it out: the network is the stock one; nothing to do when it is out."""
-        raise NotImplementedError
 
 
 @contextlib.contextmanager
