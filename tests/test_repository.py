@@ -23,7 +23,7 @@ FLOORS = {
     "masks": 1, "files": 1, "sparsity": 1, "tasks": 1, "models": 1, "data": 1, "native": 1, "reporting": 1,
     "pruning": 2, "training": 2,
     "levels": 3, "level_masks": 3, "level_extensions": 3, "rewinding": 3, "feasibility": 3, "estimate": 3, "record": 3,
-    "analysis": 3,
+    "analysis": 3, "waiting": 3,
 }  # fmt: skip
 """Floor of each part of utils/: a module imports from its own floor or lower ones."""
 
