@@ -89,6 +89,13 @@ def test_soft_for_good_is_soft_in_every_evaluation(tmp_path: Path) -> None:
     driver.loaders.close()
 
 
+def test_a_network_with_nothing_to_soften_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    keys = {"model__name": "timm/vit_tiny_patch16_224", "data__image_size": 32, "recipe__soft__kind": "mish"}
+    with pytest.raises(UserError, match=r"recipe.soft.kind=mish: VisionTransformer has no ReLU"):
+        run(config(tmp_path, 1, **SPARSE, **keys))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_ramp_beyond_the_level_is_refused_before_training(tmp_path: Path) -> None:
     params = config(tmp_path, 2, **SPARSE, recipe__ghost__kind="1x1", recipe__ghost__end="9it")
     with pytest.raises(UserError, match=r"recipe.ghost.end=9it: training has only 8 steps"):
@@ -153,6 +160,7 @@ def test_masks_of_runs(plain: RunDir, everything: RunDir, tmp_path: Path) -> Non
         (["activations", "RUN", "--level", "0", "--split", "val", "--out", "a.csv"], "holds no images out"),
         (["activations", "RUN", "--level", "0", "--out", "a.txt"], "end the name in .csv"),
         (["gradients", "RUN", "--level", "0", "--out", "a.png"], "--training.gradient_norms=STEPS"),
+        (["gradients", "RUN", "--level", "0", "--out", "a.txt"], "end the name in .png"),
         (["masks", "nowhere.safetensors", "RUN", "--out", "a.csv"], "nowhere.safetensors: no such file"),
     ],
 )

@@ -47,6 +47,12 @@ METHODS: dict[str, dict[str, object]] = {
     },
     "early bird": {**EARLY, "early__trigger": "early_bird", "early__window": 1, "early__latest": "1ep2it",
                    "early__length": "configured"},
+    "all recipes": {
+        **INIT, "pruning__criterion": "random", "pruning__allocation": "erk", "training__gradient_norms": 6,
+        "recipe__soft__kind": "swish", "recipe__soft__end": "7it", "recipe__ghost__kind": "1x1",
+        "recipe__ghost__end": "6it", "recipe__smoothing__schedule": "linear", "recipe__smoothing__end": "8it",
+        "recipe__rescale__method": "sgd", "recipe__rescale__iterations": 2, "recipe__rescale__batch_size": 8,
+    },
     "float16": {**INIT, "training__precision": "float16", "data__subset": 80},
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from utils.pruning.harness import with_start
 from utils.rewinding import check_rewind, rewinds_to_step
 from utils.system.errors import UserError
 from utils.training.recipe.ramp import span
-from utils.training.recipe.soft import soften
+from utils.training.recipe.soft import check_soft, soften
 from utils.training.schedules import lr_at
 
 
@@ -35,6 +35,7 @@ def build_model(params: Params, spec: DataSpec, pretrained: str, seed: int | Non
         other_sizes=others,
         seed=params.run.seed if seed is None else seed,
     )
+    check_soft(network, params.recipe)
     return soften(network, params.recipe)
 
 

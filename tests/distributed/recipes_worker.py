@@ -1,4 +1,4 @@
-"""Run by torchrun: 15 steps with all four recipes, and what this rank saw, for test_recipes_ranks.py."""
+"""Run by torchrun: 13 steps with all four recipes, and what this rank saw, for test_recipes_ranks.py."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def activation_rows(model: nn.Module, batches: Iterable[Batch], near: float = 0.
     def look(module: nn.Module, args: Any, out: Tensor) -> None:
         name = names[id(module)]
         calls[name] = calls.get(name, -1) + 1
-        add(found, (name, calls[name]), module, out.detach(), near)
+        _add(found, (name, calls[name]), module, out.detach(), near)
 
     modules = [module for module in model.modules() if isinstance(module, (*_KINDS, Swish, Blend))]
     if not modules:
@@ -68,7 +68,9 @@ def activation_rows(model: nn.Module, batches: Iterable[Batch], near: float = 0.
     return [_row(key, sums) for key, sums in found.items()]
 
 
-def add(found: dict[tuple[str, int], _Sums], key: tuple[str, int], module: nn.Module, out: Tensor, near: float) -> None:
+def _add(
+    found: dict[tuple[str, int], _Sums], key: tuple[str, int], module: nn.Module, out: Tensor, near: float
+) -> None:
     """Add what one call returned to its sums, on the device."""
     wide = out.double()
     channels = out.abs().amax([d for d in range(out.dim()) if d != 1])

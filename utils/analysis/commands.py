@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> str:
     """Do what `args` say; returns what to print. Raises UserError."""
     if args.command != "gradients" and args.out.suffix != ".csv":
         raise UserError(f"--out={args.out}: the rows are a CSV; end the name in .csv (a .png is written beside it)")
+    if args.command == "gradients" and args.out.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out={args.out}: unknown image type; end the name in .png, .pdf or .svg")
     commands = {"activations": _activations, "masks": _masks, "connectivity": _connectivity, "gradients": _gradients}
     return commands[args.command](args)
 

@@ -21,6 +21,7 @@ from utils.system.errors import UserError
 from utils.system.rundir import LevelDir
 from utils.tasks.classification import ImageClassification
 from utils.training.parallel import to_channels_last
+from utils.training.recipe.soft import soften
 from utils.training.trainer import Trainer
 
 COLUMNS = {
@@ -63,6 +64,7 @@ def evaluate(params: Params, place: LevelDir, average: bool, world: World, devic
     try:
         spec = loaders.spec
         model = models.build(params.model.name, spec.classes, image_size=spec.image_size, seed=params.run.seed)
+        soften(model, params.recipe)
         file = place.average if average else place.weights
         masks = load(model, place, file)
         model.to(device)

@@ -81,11 +81,18 @@ def test_a_resume_anywhere_has_the_bits_of_the_whole_run(whole: tuple[list[float
     assert first.train(range(at)) == whole[0][:at]
     weights, moments, states = first.checkpoint()
     assert set(weights) == set(network().state_dict())
+    columns = [extension.epoch_end(0) for extension in first.extensions]
+    first.model.eval()
+    shown = first.model(batches(1)[0][0])
     second = Level()
     files.put_weights(second.model, weights)
     load_optimizer_state(second.model, second.optimizer, moments)
     for extension, state in zip(second.extensions, states, strict=True):
         extension.load_state(state)
+    # Before it takes a step a resume may evaluate, or end the epoch.
+    assert [extension.epoch_end(0) for extension in second.extensions] == columns
+    assert torch.equal(second.model.eval()(batches(1)[0][0]), shown)
+    second.model.train()
     assert second.train(range(at, TOTAL)) == whole[0][at:]
     assert files.digest(files.state_of(second.model)) == whole[1]
     assert second.held.violations() == []

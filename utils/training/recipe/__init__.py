@@ -15,7 +15,26 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
+import torch
+from torch import Tensor
+
+from utils.system.errors import UserError
 from utils.training.extension import Extension
+
+
+def at_step(step: int) -> dict[str, Tensor]:
+    """The state of an extension whose doings are a function of the step: the one it was called for last.
+
+    A resume may evaluate or end an epoch before it takes a step, so the step itself belongs to the state.
+    """
+    return {"step": torch.tensor(step)}
+
+
+def step_of(state: dict[str, Tensor]) -> int:
+    """What `at_step` stored. Raises UserError where it stored nothing."""
+    if "step" not in state:
+        raise UserError("a recipe's state holds no step; remove the checkpoint")
+    return int(state["step"])
 
 
 class Inserted(Extension, ABC):

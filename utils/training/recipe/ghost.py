@@ -31,7 +31,7 @@ from utils.system.distributed import mean_over_ranks
 from utils.system.errors import UserError
 from utils.system.registry import nearest
 from utils.training.optimizers import add_apart, apart_state, load_apart_state, remove_apart
-from utils.training.recipe import Inserted
+from utils.training.recipe import Inserted, at_step, step_of
 from utils.training.recipe.ramp import Ramp, span
 from utils.training.recipe.sites import Site, find_sites
 
@@ -222,17 +222,19 @@ class GhostSkips(Inserted):
             remove_apart(self._optimizer, list(self.weights.values()))
 
     def state(self) -> dict[str, Tensor]:
-        """Weights of 1x1 skips and their optimizer state, while there are any."""
+        """The step; weights of 1x1 skips and their optimizer state, while there are any."""
         if self._over or not self.weights:
-            return {}
+            return at_step(self._step)
         tensors = {f"weight.{name}": w.detach().to("cpu", copy=True) for name, w in self.weights.items()}
         moments = apart_state(self._optimizer, self.weights)
-        return tensors | {f"optimizer.{name}": value for name, value in moments.items()}
+        tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
+        return tensors | at_step(self._step)
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` returned; nothing where the skips were gone. Raises UserError for another model's."""
-        if not state:
+        """Take back what `state` returned; the skips go where they were gone. Raises UserError for another model's."""
+        self._at(step_of(state))
+        if self._over:
             return
         for name, weight in self.weights.items():
             value = state.get(f"weight.{name}")
@@ -244,6 +246,7 @@ class GhostSkips(Inserted):
         load_apart_state(self._optimizer, self.weights, moments)
 
     def _at(self, step: int) -> None:
+        self._step = step
         if step >= self.end:
             self.close()
         elif not self._over:

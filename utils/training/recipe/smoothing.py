@@ -7,10 +7,13 @@ Of `a` taken from the label's class, torch spreads a / C over all C classes, so 
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from utils import params
 from utils.system.errors import UserError
 from utils.tasks.classification import ImageClassification
 from utils.training.extension import Extension
+from utils.training.recipe import at_step, step_of
 from utils.training.recipe.ramp import Ramp, span
 
 
@@ -26,7 +29,7 @@ def as_torch(amount: float, convention: str, classes: int) -> float:
 
 
 class LabelSmoothing(Extension):
-    """Sets the task's label smoothing before every step; nothing is in its state."""
+    """Sets the task's label smoothing before every step."""
 
     def __init__(
         self, task: ImageClassification, section: params.Recipe, total: int, steps_per_epoch: int, start: int = 0
@@ -45,11 +48,20 @@ class LabelSmoothing(Extension):
 
     def before_step(self, step: int) -> None:
         """Set the share of this step."""
+        self._step = step
         self._task.label_smoothing = self.ramp.at(step)
 
     def epoch_end(self, epoch: int) -> dict[str, float | None]:
         """The share of the last step, in torch's convention."""
         return {"smoothing": self._task.label_smoothing}
+
+    def state(self) -> dict[str, Tensor]:
+        """The step."""
+        return at_step(self._step)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The share of that step."""
+        self.before_step(step_of(state))
 
     def close(self) -> None:
         """The task's own smoothing again."""

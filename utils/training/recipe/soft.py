@@ -18,7 +18,7 @@ from torch.nn import functional
 from utils import params
 from utils.masks import bare
 from utils.system.errors import UserError
-from utils.training.recipe import Inserted
+from utils.training.recipe import Inserted, at_step, step_of
 from utils.training.recipe.ramp import Ramp, span
 
 Function = Callable[[Tensor], Tensor]
@@ -65,7 +65,7 @@ class Blend(nn.Module):
 class SoftActivations(Inserted):
     """Puts the soft activations in when made and the stock modules back at the end of the ramp.
 
-    Nothing is in its state: what the network holds is a function of the step alone.
+    What the network holds is a function of the step alone.
     """
 
     def __init__(
@@ -112,7 +112,16 @@ class SoftActivations(Inserted):
         self._over = True
         self.remove()
 
+    def state(self) -> dict[str, Tensor]:
+        """The step."""
+        return at_step(self._step)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """What the network holds at that step."""
+        self._at(step_of(state))
+
     def _at(self, step: int) -> None:
+        self._step = step
         if step >= self.end:
             self.close()
         elif not self._over:
@@ -126,6 +135,12 @@ def soften(model: nn.Module, section: params.Recipe) -> nn.Module:
         layers.put(section.soft.beta, 0.0)
         layers.swap()
     return model
+
+
+def check_soft(model: nn.Module, section: params.Recipe) -> None:
+    """Raise UserError when soft activations are asked for and `model` has nothing to soften."""
+    if section.soft.kind is not None and not section.soft.keep:
+        _Layers(bare(model), section.soft)
 
 
 class _Layers:
