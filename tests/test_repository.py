@@ -35,7 +35,13 @@ FORBIDDEN = {
 }
 """Imports within a floor that are not wanted either."""
 
-DISTRIBUTIONS = {"PIL": "pillow", "torch_pruning": "torch-pruning", "yaml": "pyyaml", "cv2": "opencv-python-headless", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "torch_pruning": "torch-pruning",
+    "yaml": "pyyaml",
+    "cv2": "opencv-python-headless",
+    "sklearn": "scikit-learn",
+}
 """Modules whose distribution has another name."""
 
 OPTIONAL = {"ffcv", "tensorboard"}

@@ -15,7 +15,7 @@ from torch import nn
 
 from utils.pruning.structured.budget import ANY, Chosen, Limits, choose_units
 from utils.pruning.structured.cost import Cost, cost_of, counted_macs
-from utils.pruning.structured.groups import ChannelGroup, channel_groups, exclude_groups
+from utils.pruning.structured.groups import COUPLED, ChannelGroup, channel_groups, exclude_groups
 from utils.pruning.structured.mask import ChannelMask
 from utils.pruning.structured.scores import Evidence, score_units
 from utils.pruning.structured.shrink import shrink, shrink_masks, shrink_optimizer
@@ -50,8 +50,7 @@ class Channels:
         groups = verified(model, channel_groups(model, input_shape, exclude, name), input_shape, name)
         if not coupled:
             groups = tuple(
-                group if group.single or group.protected else replace(group, protected="several layers write it")
-                for group in groups
+                group if group.single or group.protected else replace(group, protected=COUPLED) for group in groups
             )
         return Channels(name, groups, cost_of(model, groups, input_shape), input_shape)
 

@@ -32,6 +32,9 @@ from utils.system.registry import nearest
 
 WRITE, READ, NORM, SCALE, THROUGH = "write", "read", "norm", "scale", "through"
 
+COUPLED, EXCLUDED = "several layers write it", "excluded"
+"""Why a group stays whole that could be pruned: by `coupled=False` and by the user's globs."""
+
 _PER_CHANNEL = (_BatchNorm, _InstanceNorm)
 _SPREADING = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 
@@ -115,7 +118,7 @@ def exclude_groups(groups: Sequence[ChannelGroup], exclude: Sequence[str]) -> tu
         if not fnmatch.filter(names, glob):
             raise UserError(f"structured.exclude: {glob!r} matches no group of channels{nearest(glob, names)}")
     return tuple(
-        replace(group, protected=group.protected or "excluded")
+        replace(group, protected=group.protected or EXCLUDED)
         if any(fnmatch.fnmatchcase(group.name, glob) for glob in exclude)
         else group
         for group in groups
