@@ -25,7 +25,7 @@ from utils.params.checks import check_ranks
 from utils.params.plan import SINGLE, Level, level_plan
 from utils.pruning.controls import fresh_seed
 from utils.record import EpochsCsv, Outcome, Record, run_dir
-from utils.rewinding import Rewinding
+from utils.rewinding import Rewinding, rate_of
 from utils.system import distributed
 from utils.system.atomic import write_json
 from utils.system.console import Console, number
@@ -36,7 +36,6 @@ from utils.tasks.classification import ImageClassification
 from utils.training.extension import Extension
 from utils.training.optimizers import build_optimizer
 from utils.training.parallel import synchronise_batchnorm, to_channels_last
-from utils.training.schedules import lr_at
 from utils.training.trainer import Row, Stage, Trainer
 
 
@@ -236,19 +235,7 @@ class Driver:
 
     def _rate(self, level: Level) -> Callable[[int], float]:
         """The level's learning rate as a function of the step."""
-        params, per_epoch = self.params, self.trainer.steps_per_epoch
-        total = level.epochs * per_epoch
-
-        def scheduled(step: int) -> float:
-            return lr_at(step, params.schedule, params.optimizer.lr, total, per_epoch)
-
-        if level.rewind != "none":
-            return scheduled
-        first = self.plan[0].epochs * per_epoch
-        final = params.levels.finetune_lr
-        if final is None:
-            final = lr_at(max(first - 1, 0), params.schedule, params.optimizer.lr, first, per_epoch)
-        return lambda step: final
+        return rate_of(self.params, self.plan, level, self.trainer.steps_per_epoch)
 
     def _first_weights(self, spec: DataSpec) -> dict[str, torch.Tensor]:
         """What levels that start from initial weights train: these, or fresh ones with the same masks (a control)."""

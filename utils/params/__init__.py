@@ -17,6 +17,7 @@ from utils.params.pruning import Pruning
 from utils.params.run import Run
 from utils.params.schedule import Schedule
 from utils.params.step import Step
+from utils.params.structured import Structured
 from utils.params.training import Training
 
 
@@ -31,6 +32,7 @@ class Params:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     pruning: Pruning = dataclasses.field(default_factory=Pruning)
+    structured: Structured = dataclasses.field(default_factory=Structured)
     graph: Graph = dataclasses.field(default_factory=Graph)
     early: Early = dataclasses.field(default_factory=Early)
     dynamic: Dynamic = dataclasses.field(default_factory=Dynamic)
@@ -52,5 +54,6 @@ __all__ = [
     "Run",
     "Schedule",
     "Step",
+    "Structured",
     "Training",
 ]

@@ -49,7 +49,7 @@ class _Proof:
         input_shape: tuple[int, int, int],
         generator: torch.Generator,
     ) -> None:
-        self.model = _randomised(bare(model), generator)
+        self.model = randomised(bare(model), generator)
         self.groups = list(groups)
         self.images = torch.randn(2, *input_shape, generator=generator, dtype=torch.float64)
         self.dead = {group.name: _some(group.size, number) for number, group in enumerate(groups)}
@@ -104,7 +104,7 @@ def _some(size: int, number: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
+def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """A float64 copy on the CPU in eval mode, in which no norm is the identity and no parameter constant."""
     copied = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
     for name, tensor in [*copied.named_parameters(), *copied.named_buffers()]:

@@ -13,7 +13,7 @@ criterion is one decorated function in a file of this package.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,7 +69,7 @@ def score_units(
 
 
 def _holds(batches: Batches) -> bool:
-    return any(True for _ in batches)
+    return len(batches) > 0 if isinstance(batches, Sized) else any(True for _ in batches)
 
 
 def unit_generator(generator: torch.Generator, name: str) -> torch.Generator:
