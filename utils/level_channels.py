@@ -53,7 +53,7 @@ class LevelChannels:
         world: World,
         device: torch.device,
     ) -> None:
-        """device: where the loaders put images. Raises UserError, naming it, for a network that cannot be made smaller."""
+        """device: where the loaders put images. Raises UserError for a network that cannot be made smaller."""
         self.params, self.loaders, self.task, self.run, self.world = params, loaders, task, run, world
         self.device = device
         section, spec = params.structured, loaders.spec

@@ -177,7 +177,7 @@ class WidthFile:
         body = {"format": FORMAT, "model": self.model, "classes": self.classes, "image_size": self.image_size}
         shapes = {name: list(shape) for name, shape in self.widths.parameters.items()}
         modules = {name: dict(numbers) for name, numbers in self.widths.modules.items()}
-        write_json(Path(path), {**body, "modules": modules, "parameters": shapes, **self.facts})
+        write_json(Path(path), {**body, "modules": modules, "parameters": shapes, "facts": dict(self.facts)})
 
     @staticmethod
     def load(path: str | Path) -> WidthFile:
@@ -189,8 +189,9 @@ class WidthFile:
             head = str(body.pop("model")), int(body.pop("classes")), body.pop("image_size")
             modules = {n: {a: int(v) for a, v in numbers.items()} for n, numbers in body.pop("modules").items()}
             shapes = {name: tuple(map(int, shape)) for name, shape in body.pop("parameters").items()}
+            facts = dict(body.pop("facts"))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a width file of ours ({type(error).__name__}); make it anew") from error
-        return WidthFile(*head, Widths(modules, shapes), body)
+        return WidthFile(*head, Widths(modules, shapes), facts)

@@ -35,7 +35,7 @@ class Structured:
         low=1,
         empty="none",
     )
-    multiplier: float = param(1.0, "factor of the widths of residual streams and of structured.exclude", low=1.0)
+    multiplier: float = param(1.0, "factor of the widths of residual streams and of structured.exclude", above=0.0)
     gate_epochs: int = param(10, "epochs level 0 learns gates for, on frozen random weights", low=1)
     gate_lr: float = param(0.01, "learning rate of the gates (Adam, constant)", above=0.0)
     gate_target: float = param(0.2, "mean gate the penalty pulls to", low=0.0, high=1.0)
