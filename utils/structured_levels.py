@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -39,6 +40,7 @@ from utils.training.extension import Extension
 from utils.training.measure import measure
 from utils.training.optimizers import build_optimizer
 from utils.training.parallel import synchronise_batchnorm, to_channels_last
+from utils.training.schedules import lr_at
 from utils.training.trainer import Stage, Trainer
 
 
@@ -189,7 +191,7 @@ class StructuredDriver:
         self.console.restart_table()
         distributed.agree(f"weights at level {level.number} start", files.digest(files.state_of(trainer.model)))
         optimizer = build_optimizer(trainer.model, params.optimizer, self.device)
-        stage = Stage(level.number, level.epochs, rate_of(params, self.plan, level, trainer.steps_per_epoch))
+        stage = Stage(level.number, level.epochs, self._rate(level, trainer.steps_per_epoch))
         extensions: list[Extension] = []
         if params.pruning.moment == "early" and level.number == 0:
             trigger = triggers.build(params.early, model=trainer.model, density=min(params.structured.keep))
@@ -217,6 +219,14 @@ class StructuredDriver:
                 self.console.row([("epoch", f"{row['epoch'] + 1}/{stage.epochs}"), ("lr", f"{row['lr']:.4g}"), *cells])
 
             return trainer.fit(stage, optimizer, held, extensions, on_epoch)
+
+    def _rate(self, level: Level, per_epoch: int) -> Callable[[int], float]:
+        """The learning rate as a function of the step; Scratch-B stretches the schedule, milestones included."""
+        params = self.params
+        if params.structured.scratch != "b" or level.density == 1.0:
+            return rate_of(params, self.plan, level, per_epoch)
+        epochs, total = params.training.epochs, params.training.epochs * per_epoch
+        return lambda step: lr_at(step * epochs // level.epochs, params.schedule, params.optimizer.lr, total, per_epoch)
 
     # Pieces -------------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ training:
    compile: false, clip: none, label_smoothing: 0.0, ema: none, test_flip: false, eval_every: 1, check_every: 50}
 optimizer:
   {name: sgd, lr: 0.1, momentum: 0.9, nesterov: false, betas: [0.9, 0.999], eps: 1.0e-08, weight_decay: 0.0005,
-   decay_norms_and_biases: true}
+   decay_norms_and_biases: true, decay_depthwise: true}
 schedule:
   {name: cosine, warmup: 0it, warmup_start: 0.0, milestones: [], gamma: 0.1, start: 0.2, peak: 0.2, cooldown: 0.2,
    final: 0.0}

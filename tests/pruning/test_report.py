@@ -103,8 +103,8 @@ def test_effective_weights_stand_beside_the_kept_ones(tmp_path: Path, masks: Mas
     write_layers_csv(path, Small(), masks, {"conv.weight": 4})
     written = path.read_text().splitlines()
     assert f"conv.weight,7x3x3x3,True,189,10,{10 / 189!r},False,4,1" in written
-    assert "fc.weight,3x7,True,21,0,0.0,True," in written  # not known
-    assert "conv.bias,7,False,7,7,1.0,False," in written
+    assert "fc.weight,3x7,True,21,0,0.0,True,,0" in written  # not known
+    assert "conv.bias,7,False,7,7,1.0,False,," in written
     lines = layer_table(Small(), masks, {"conv.weight": 4, "fc.weight": 0}).splitlines()
     assert [line.split() for line in lines] == [
         ["parameter", "shape", "weights", "kept", "density", "effective", "eff.", "density"],

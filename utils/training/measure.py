@@ -30,7 +30,7 @@ def measure(
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            memory = _peak_megabytes(model.train(), images, dtype, optimizer_states)
+            memory = peak_megabytes(model.train(), images, dtype, optimizer_states)
             train = _seconds(lambda: _train_step(model, images, dtype), device)
             inference = _seconds(lambda: _infer(model.eval(), images, dtype), device)
     finally:
@@ -78,7 +78,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_megabytes(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, states: int) -> float:
+def peak_megabytes(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, states: int) -> float:
+    """Memory of a training step at its peak, as `measure` says; gradients are left as they were."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if images.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(images.device)
