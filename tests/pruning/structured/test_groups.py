@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tests.pruning.structured_cases import SHAPE, channels, small
 from utils.pruning.structured import Channels
-from utils.pruning.structured.groups import channel_groups
+from utils.pruning.structured._graph import IN, OUT, Coupled, Link
+from utils.pruning.structured.groups import _Builder, channel_groups
 from utils.pruning.structured.verify import verified
 from utils.system.errors import UserError
 
@@ -100,6 +102,31 @@ def test_a_model_the_graph_cannot_follow_is_refused_by_name() -> None:
         Channels.of(net, (3, 64, 64), name="shuffle")
     with pytest.raises(UserError, match=r"structured pruning of lone: no channels can be removed"):
         Channels.of(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), SHAPE, name="lone")
+
+
+class Split(nn.Module):
+    """A layer whose first two channels and last four go to different layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Conv2d(2, 3, 1), nn.Conv2d(4, 3, 1)
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = torch.split(torch.relu(self.a(x)), [2, 4], 1)
+        return self.fc(torch.relu(self.b(first) + self.c(second)).mean((2, 3)))
+
+
+def test_a_layer_that_is_split_is_in_several_groups_of_different_names() -> None:
+    """From a graph written by hand: torch-pruning's own misreads this split, and is not believed."""
+    every, first, last = np.arange(6), np.arange(2), np.arange(4)
+    links = [Link("a", OUT, every, every), Link("b", IN, first, first), Link("c", IN, last, last + 2)]
+    groups = _Builder(Split(), [Coupled("a", tuple(links), output=False)]).groups()
+    assert [(group.name, group.size) for group in groups] == [("a", 2), ("a#2", 4)]
+    assert parts(groups[1])[("a", "write")] == [-1, -1, 0, 1, 2, 3]
+    assert parts(groups[1])[("c", "read")] == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="the graph counts other channels of b than its 2"):
+        channel_groups(Split(), SHAPE)
 
 
 def test_groups_are_excluded_by_name() -> None:

@@ -153,14 +153,23 @@ class _Builder:
                 size = self._size(place)
                 if size == 1 and isinstance(self.modules.get(link.name), nn.PReLU):
                     continue  # one slope for all channels
-                if len(link.index) and int(link.index.max()) >= size:
-                    raise UserError(f"the graph counts more channels of {link.name} than its {size}")
+                whole = self._size((one.root, OUT))
+                for name, index, limit in ((link.name, link.index, size), (one.root, link.root, whole)):
+                    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < limit:
+                        raise UserError(f"the graph counts other channels of {name} than its {limit}")
                 self.edges.append((start + link.root, self._nodes(place) + link.index))
                 if one.output:
                     self.outputs.add(place)
         self._join_within_modules()
         found = [self._group(units) for units in self._sorted_units()]
-        return tuple(sorted(found, key=lambda group: self.order.get(group.name, -1)))
+        found.sort(key=lambda group: self.order.get(group.name, -1))
+        # A layer whose channels go separate ways (a split) is the first writer of several groups.
+        seen: Counter[str] = Counter()
+        for number, group in enumerate(found):
+            seen[group.name] += 1
+            if seen[group.name] > 1:
+                found[number] = replace(group, name=f"{group.name}#{seen[group.name]}")
+        return tuple(found)
 
     def _nodes(self, place: Place) -> int:
         """First number of the nodes of `place`, one per channel."""
