@@ -24,6 +24,7 @@ PACKAGES = (
     "numba",
     "numpy",
     "safetensors",
+    "torch-pruning",
     "opencv-python-headless",
 )
 
