@@ -162,7 +162,7 @@ class Driver:
         effective = self.masks.effective(masks).density
         at_step = extensions.pruned_at_step
         outcome = Outcome(masks, rows, final, pruned, digest, effective, self.masks.rounds, at_step)
-        row = self.record.level_row(level, outcome)
+        row = self.record.level_row(level, outcome) | self.masks.costs(masks)
         distributed.from_main(functools.partial(self._save, place, extensions, row, begin))
         self.console.row(
             [

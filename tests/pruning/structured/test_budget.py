@@ -7,8 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.pruning.structured_cases import SHAPE, channels, half, small
+from utils.masks import Masks
 from utils.pruning.structured import Channels, Limits, shrink
 from utils.pruning.structured.budget import choose_units
+from utils.pruning.structured.cost import MaskedCost
 from utils.system.errors import UserError
 
 
@@ -144,3 +146,17 @@ def test_a_share_of_another_model() -> None:
     found = Channels.of(small(), SHAPE)
     chosen = choose_units(found.groups, scores_of(found), found.cost, budget="macs", keep=0.5, reference=10_000)
     assert chosen.reached <= chosen.allowed == 5_000
+
+
+def test_a_pruned_weight_saves_its_positions() -> None:
+    """Counted by hand: conv `a` sees 8x8 positions, `dw` too, `fc1` one."""
+    model = small()
+    masks = Masks.dense(model)
+    cost = MaskedCost.of(model, SHAPE)
+    dense = 64 * (162 + 24 + 36 + 24) + 16 * 5 + 5 * 3
+    parameters = sum(p.numel() for p in model.parameters())
+    assert cost.row(masks) == {"macs_dense": dense, "macs": dense, "parameters": parameters}
+    cut = {name: mask.clone() for name, mask in masks.items()}
+    cut["a.weight"][0, 0] = False
+    cut["fc1.weight"][:, 0] = False
+    assert cost.row(Masks(cut)) == {"macs_dense": dense, "macs": dense - 9 * 64 - 5, "parameters": parameters - 14}

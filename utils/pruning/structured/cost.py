@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.masks import bare
+from utils.masks import Masks, bare
 from utils.pruning.structured.groups import ChannelGroup, Part, by_tensor
 
 Widths = Mapping[str, int]
@@ -94,6 +94,28 @@ def cost_of(model: nn.Module, groups: Sequence[ChannelGroup], input_shape: tuple
     if rest < 0:  # attention that the counter does not see
         found, rest = Cost(found.sizes, tensors), total - Cost(found.sizes, tensors).macs()
     return Cost(found.sizes, tensors, found._attention, rest)
+
+
+@dataclass(frozen=True)
+class MaskedCost:
+    """MACs and parameters of a network of which single weights are kept. Made by `of`."""
+
+    positions: Mapping[str, int]
+    macs: int
+    parameters: int
+
+    @staticmethod
+    def of(model: nn.Module, input_shape: tuple[int, int, int]) -> MaskedCost:
+        """For images of `input_shape`. One image runs through a copy; the model stays as it is."""
+        copied = copy.deepcopy(bare(model)).cpu().float().eval()
+        return MaskedCost(*_measure(copied, input_shape), sum(p.numel() for p in copied.parameters()))
+
+    def row(self, masks: Masks) -> dict[str, int]:
+        """`macs_dense`, `macs` (a pruned weight of a layer costs nothing) and `parameters` (those that are kept)."""
+        pruned = {name: masks[name].numel() - count for name, count in masks.counts.items()}
+        saved = sum(self.positions.get(name, 0) * count for name, count in pruned.items())
+        kept = self.parameters - sum(pruned.values())
+        return {"macs_dense": self.macs, "macs": self.macs - saved, "parameters": kept}
 
 
 def counted_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
