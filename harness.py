@@ -25,10 +25,11 @@ def main() -> None:
     if params.run.plan:
         harness_utils.print_plan(params)
         return
-    from utils import levels, reporting
+    from utils import levels, reporting, structured_levels
 
+    driver = levels.Driver if params.structured.budget is None else structured_levels.StructuredDriver
     with harness_utils.process(params, launcher=launcher) as here:
-        run = levels.Driver(params, here.world, here.device, here.console, here.stopping).run()
+        run = driver(params, here.world, here.device, here.console, here.stopping).run()
         if here.world.main:
             rows = reporting.read_rows(run)
             here.console.line(f"\n{reporting.levels_table(rows)}\n")

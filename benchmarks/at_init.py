@@ -1,8 +1,7 @@
-"""`python -m benchmarks.at_init`: every criterion at initialisation on CIFAR-10, over seeds, as one table.
+"""Every criterion at initialisation, on one short training: which network each of them leaves, and how well it learns.
 
-Runs configs/cifar10/resnet20_at_init.yaml once per row and seed, `--jobs` of them side by side with one thread each.
-What is finished is skipped, so the command can be stopped and given again. Writes at_init.csv (a row per run) and
-at_init.md (mean and standard deviation over seeds) under --out. Arguments after `--` go to every run:
+Runs configs/cifar10/resnet20_at_init.yaml once per method and seed, `--jobs` of them side by side with one thread each.
+Writes at_init.csv and at_init.md; see benchmarks/runs.py.
 
     python -m benchmarks.at_init --jobs 2 --out assets -- --data.root=data
 """

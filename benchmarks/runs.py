@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from utils.params import Params
+from utils.params.plan import level_plan
 from utils.reporting import read_rows
 from utils.system import atomic
 from utils.system.rundir import RunDir
@@ -29,7 +30,8 @@ class Table:
     """One benchmark.
 
     name: of the module and of the files it writes; config: what every run begins with; rows: row of the table -> its
-    arguments; what: one line for the head of the table; markdown: the runs to the lines of the table.
+    arguments; what: one line for the head of the table; markdown: the runs to the lines of the table; keys: columns of
+    levels.csv its CSV has. The last level of every run counts.
     """
 
     name: str
@@ -37,23 +39,25 @@ class Table:
     rows: Mapping[str, tuple[str, ...]]
     what: str
     markdown: Callable[[pd.DataFrame], list[str]]
+    keys: tuple[str, ...] = KEPT
 
     def arguments(self, row: str, seed: int, more: Sequence[str]) -> list[str]:
         """The command line of one run, without the interpreter."""
         own = [f"--run.seed={seed}", "--data.workers=1", "--run.threads=1"]
         return ["--config", self.config, *self.rows[row], *own, *more]
 
-    def run_dir(self, row: str, seed: int, more: Sequence[str]) -> RunDir:
-        """Where that run leaves its files."""
+    def run_dir(self, row: str, seed: int, more: Sequence[str]) -> tuple[RunDir, int]:
+        """Where that run leaves its files, and its last level."""
         from harness_params import load
         from utils.record import run_dir as directory
 
         params: Params = load(self.arguments(row, seed, more))
-        return directory(params)
+        return directory(params), len(level_plan(params)) - 1
 
     def train(self, row: str, seed: int, more: Sequence[str]) -> str:
         """Run it unless it is done; returns what to print. RuntimeError holds the last lines of one that failed."""
-        if self.run_dir(row, seed, more).level(0).row.is_file():
+        place, last = self.run_dir(row, seed, more)
+        if place.level(last).row.is_file():
             return f"{row}, seed {seed}: done already"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "harness.py", *self.arguments(row, seed, more)]
@@ -67,10 +71,10 @@ class Table:
         found = []
         for row in self.rows:
             for seed in seeds:
-                place = self.run_dir(row, seed, more)
-                if place.levels_csv.is_file():
-                    level = read_rows(place)[0]
-                    found.append({"method": row, "seed": seed, **{key: level[key] for key in KEPT}})
+                place, last = self.run_dir(row, seed, more)
+                if place.level(last).row.is_file():
+                    level = next(level for level in read_rows(place) if level["level"] == last)
+                    found.append({"method": row, "seed": seed, **{key: level[key] for key in self.keys}})
         return pd.DataFrame(found)
 
     def main(self, argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from utils.params.plan import level_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
-OVERLAYS = ("levels", "pruning", "dynamic", "early", "recipe", "training")
+OVERLAYS = ("levels", "pruning", "structured", "dynamic", "early", "recipe", "training")
 
 ALL = sorted(path.relative_to(ROOT).as_posix() for path in CONFIGS.rglob("*.yaml"))
 EXPERIMENTS = [path for path in ALL if path.split("/")[1] not in OVERLAYS]

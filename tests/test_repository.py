@@ -22,8 +22,9 @@ FLOORS = {
     "params": 0, "system": 0,
     "masks": 1, "files": 1, "sparsity": 1, "tasks": 1, "models": 1, "data": 1, "native": 1, "reporting": 1,
     "pruning": 2, "training": 2,
+    "structured_levels": 3, "level_channels": 3,
     "levels": 3, "level_masks": 3, "level_extensions": 3, "rewinding": 3, "feasibility": 3, "estimate": 3, "record": 3,
-    "analysis": 3, "waiting": 3,
+    "analysis": 3, "waiting": 3, "owned": 3,
 }  # fmt: skip
 """Floor of each part of utils/: a module imports from its own floor or lower ones."""
 
@@ -36,7 +37,13 @@ FORBIDDEN = {
 }
 """Imports within a floor that are not wanted either."""
 
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python-headless", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "torch_pruning": "torch-pruning",
+    "yaml": "pyyaml",
+    "cv2": "opencv-python-headless",
+    "sklearn": "scikit-learn",
+}
 """Modules whose distribution has another name."""
 
 OPTIONAL = {"ffcv", "tensorboard"}

@@ -14,6 +14,7 @@ from utils.params.array import tasks
 from utils.params.checks import check_ranks
 from utils.params.plan import Level, level_plan
 from utils.pruning.harness import with_start
+from utils.pruning.structured import Channels
 from utils.record import run_dir
 from utils.system.distributed import World
 
@@ -32,6 +33,8 @@ def describe(params: Params, world: World) -> str:
         check_steps(params, plan, per_epoch)
     local = params.model.pretrained if local_file(params.model.pretrained) else ""
     network = build_model(params, spec, local)
+    if params.structured.budget is not None:
+        return _describe_structured(params, plan, network, spec.image_size, per_epoch)
     start = _check(params, plan, network)
     weights = sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() for b in network.buffers())
@@ -61,6 +64,30 @@ def describe(params: Params, world: World) -> str:
     lines.append(
         f"memory         {_megabytes(memory)} per rank for weights, gradients, optimizer and masks, plus activations"
     )
+    return "\n".join(lines)
+
+
+def _describe_structured(
+    params: Params, plan: list[Level], network: nn.Module, side: int, per_epoch: int | None
+) -> str:
+    """The levels of a structured run. Raises UserError for a network whose channels cannot be taken out."""
+    section = params.structured
+    channels = Channels.of(
+        network, (3, side, side), name=params.model.name, exclude=section.exclude, coupled=section.coupled
+    )
+    units = sum(group.size for group in channels.open)
+    lines = [
+        f"run directory  {run_dir(params).path}",
+        f"model          {params.model.name}: {channels.cost.parameters():,} parameters, "
+        f"{channels.cost.macs():,} MACs, {units:,} channels in {len(channels.open)} groups that may be pruned",
+        "",
+        f"{'level':>5}  {'share of ' + str(section.budget):>20}  {'epochs':>6}  {'steps':>9}  starts from",
+    ]
+    for level in plan:
+        steps = "?" if per_epoch is None else f"{per_epoch * level.epochs:,}"
+        source = "initial weights" if level.source is None else f"level {level.source}"
+        source = f"fresh weights, channels by {source}" if section.fresh and level.density < 1.0 else source
+        lines.append(f"{level.number:>5}  {level.density:>20.6f}  {level.epochs:>6}  {steps:>9}  {source}")
     return "\n".join(lines)
 
 

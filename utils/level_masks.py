@@ -20,6 +20,7 @@ from utils.pruning.harness import Pruned, with_start
 from utils.pruning.report import write_layers_csv, write_rounds_csv
 from utils.pruning.rounds import Round
 from utils.pruning.select import kept_count
+from utils.pruning.structured.cost import MaskedCost
 from utils.system import distributed
 from utils.system.console import Console
 from utils.system.distributed import World
@@ -72,6 +73,7 @@ class LevelMasks:
         self._history: tuple[Round, ...] = ()
         self._told: list[str] = []
         self._effective: tuple[str, paths.Effective] | None = None
+        self._cost: MaskedCost | None = None
 
     def begin(self, level: Level, place: LevelDir, source: Weights) -> Masks:
         """The masks `level` begins with, from the weights `source` of the level it prunes. Leaves these in the model.
@@ -167,6 +169,12 @@ class LevelMasks:
         if self._effective is None or self._effective[0] != masks.digest:
             self._effective = masks.digest, paths.effective(self.model, masks, self.input_shape)
         return self._effective[1]
+
+    def costs(self, masks: Masks) -> dict[str, int]:
+        """`macs_dense`, `macs` and `parameters` of the model inside `masks`."""
+        if self._cost is None:
+            self._cost = MaskedCost.of(self.model, self.input_shape)
+        return self._cost.row(masks)
 
     def check_connected(self, masks: Masks) -> None:
         """Raise UserError when no path leads through the network, unless that is allowed; tell of dead layers."""

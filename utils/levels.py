@@ -21,17 +21,18 @@ from utils.feasibility import build_model, check_pruning, check_steps
 from utils.level_extensions import LevelExtensions, assemble
 from utils.level_masks import LevelMasks, changes_masks, source_of
 from utils.masks import Masks
+from utils.owned import own_level
 from utils.params import Params
 from utils.params.checks import check_ranks
 from utils.params.plan import SINGLE, Level, level_plan
 from utils.pruning.controls import fresh_seed
 from utils.record import EpochsCsv, Outcome, Record, run_dir
-from utils.rewinding import Rewinding
+from utils.rewinding import Rewinding, rate_of
 from utils.system import distributed
 from utils.system.atomic import write_json
 from utils.system.console import Console, number
 from utils.system.distributed import World
-from utils.system.errors import Preempted, UserError
+from utils.system.errors import UserError
 from utils.system.locks import Lock
 from utils.system.rundir import LevelDir, RunDir
 from utils.system.stopping import Never, Stopped
@@ -40,7 +41,6 @@ from utils.training import checkpoint
 from utils.training.extension import Extension
 from utils.training.optimizers import build_optimizer
 from utils.training.parallel import synchronise_batchnorm, to_channels_last
-from utils.training.schedules import lr_at
 from utils.training.trainer import Row, Stage, Trainer
 
 
@@ -118,16 +118,14 @@ class Driver:
             wanted = self._wanted()
             distributed.from_main(self.record.start)
             for level in wanted:
-                if distributed.from_main(functools.partial(self._done, level)):
-                    self.console.line(f"level {level.number}: done already")
-                else:
-                    self._locked_level(level)
+                done, work = functools.partial(self._done, level), functools.partial(self._level, level)
+                own_level(level.number, self.dir, self.world, self.console, done, work)
             distributed.from_main(functools.partial(self.record.finish, [level.number for level in self.plan]))
         finally:
             self.loaders.close()
         return self.dir
 
-    def _done(self, level: Level, ours: bool = False) -> bool:
+    def _done(self, level: Level, ours: bool) -> bool:
         """Whether the level's row is there and was made from the weights its source has now. Rank 0 looks.
 
         ours: the level is locked by this process; a row made from other weights is then removed.
@@ -163,26 +161,9 @@ class Driver:
             )
         return [level]
 
-    def _locked_level(self, level: Level) -> None:
-        """One level, which no other process works on meanwhile."""
-        place = self.dir.level(level.number)
-        lock = Lock(place.path, f"level {level.number} of {self.dir.path}")
-        if gone := distributed.from_main(lock.acquire):
-            self.console.line(f"level {level.number}: taken over from {gone}, which is gone")
-        try:
-            # Another process may have finished it since we looked.
-            if not distributed.from_main(functools.partial(self._done, level, ours=True)):
-                self._level(level, place, lock)
-        except Stopped as stopped:
-            reason = f"stopped by {stopped.reason} before level {level.number} began to train"
-            raise Preempted(f"{reason}; the same command goes on from there") from None
-        finally:
-            if self.world.main:
-                lock.release()
-
-    def _level(self, level: Level, place: LevelDir, lock: Lock) -> None:
+    def _level(self, level: Level, lock: Lock) -> None:
         """Prune, rewind, train and record one level."""
-        begin = time.perf_counter()
+        begin, place = time.perf_counter(), self.dir.level(level.number)
         source = self._source_weights(level)
         masks = self.masks.begin(level, place, source)
         self.console.line(
@@ -220,7 +201,7 @@ class Driver:
         effective = self.masks.effective(masks).density
         at_step = extensions.pruned_at_step
         outcome = Outcome(masks, rows, final, pruned, digest, effective, self.masks.rounds, at_step)
-        row = self.record.level_row(level, outcome)
+        row = self.record.level_row(level, outcome) | self.masks.costs(masks)
         distributed.from_main(lock.check)
         distributed.from_main(functools.partial(self._save, place, extensions, row, begin))
         distributed.from_main(keeper.remove)
@@ -315,19 +296,7 @@ class Driver:
 
     def _rate(self, level: Level) -> Callable[[int], float]:
         """The level's learning rate as a function of the step."""
-        params, per_epoch = self.params, self.trainer.steps_per_epoch
-        total = level.epochs * per_epoch
-
-        def scheduled(step: int) -> float:
-            return lr_at(step, params.schedule, params.optimizer.lr, total, per_epoch)
-
-        if level.rewind != "none":
-            return scheduled
-        first = self.plan[0].epochs * per_epoch
-        final = params.levels.finetune_lr
-        if final is None:
-            final = lr_at(max(first - 1, 0), params.schedule, params.optimizer.lr, first, per_epoch)
-        return lambda step: final
+        return rate_of(self.params, self.plan, level, self.trainer.steps_per_epoch)
 
     def _first_weights(self, spec: DataSpec) -> dict[str, torch.Tensor]:
         """What levels that start from initial weights train: these, or fresh ones with the same masks (a control)."""

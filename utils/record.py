@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 EPOCH_COLUMNS = (
     "level", "epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc",
-    "test_acc_top5", "density", "distance", "mask_updates", "regrown",
+    "test_acc_top5", "density", "distance", "mask_updates", "regrown", "gates_mean", "gates_open",
     "soft", "ghost", "ghost_weights", "smoothing", "images_per_second", "data_wait", "seconds",
 )  # fmt: skip
 

@@ -13,6 +13,7 @@ from utils.system import distributed
 from utils.system.errors import UserError
 from utils.system.rundir import RunDir
 from utils.training.optimizers import load_optimizer_state, optimizer_state
+from utils.training.schedules import lr_at
 from utils.training.trainer import Trainer
 
 State = Mapping[str, torch.Tensor]
@@ -78,6 +79,22 @@ class Rewinding:
         if self.levels.rewind_optimizer:
             load_optimizer_state(self.trainer.model, optimizer, _part(stored, "optimizer."))
         return self.step if self.levels.rewind_schedule == "continue" else 0
+
+
+def rate_of(params: Params, plan: list[Level], level: Level, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate of `level` as a function of the step: the schedule, or for `none` its last value."""
+    total = level.epochs * steps_per_epoch
+
+    def scheduled(step: int) -> float:
+        return lr_at(step, params.schedule, params.optimizer.lr, total, steps_per_epoch)
+
+    if level.rewind != "none":
+        return scheduled
+    first = plan[0].epochs * steps_per_epoch
+    final = params.levels.finetune_lr
+    if final is None:
+        final = lr_at(max(first - 1, 0), params.schedule, params.optimizer.lr, first, steps_per_epoch)
+    return lambda step: final
 
 
 def rewinds_to_step(params: Params) -> bool:

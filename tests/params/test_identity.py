@@ -37,7 +37,7 @@ training:
    check_every: 50}
 optimizer:
   {name: sgd, lr: 0.1, momentum: 0.9, nesterov: false, betas: [0.9, 0.999], eps: 1.0e-08, weight_decay: 0.0005,
-   decay_norms_and_biases: true}
+   decay_norms_and_biases: true, decay_depthwise: true}
 schedule:
   {name: cosine, warmup: 0it, warmup_start: 0.0, milestones: [], gamma: 0.1, start: 0.2, peak: 0.2, cooldown: 0.2,
    final: 0.0}
@@ -46,6 +46,10 @@ pruning:
    pattern: weight, group_score: mean, rounds: auto, round_schedule: auto, regrow: false, moment: levels, step: none,
    exclude: [], layer_densities: [], first_layer: prune, last_layer: prune, min_kept: 0, mask_file: none,
    samples_per_class: auto, batches: none, batch_size: 128, control: none, allow_disconnected: false}
+structured:
+  {budget: none, keep: [], criterion: l1, scope: global, rounds: 1, exclude: [], coupled: true, min_width: 1,
+   round_to: 1, fresh: false, scratch: e, expansion: none, multiplier: 1.0, gate_epochs: 10, gate_lr: 0.01,
+   gate_target: 0.2, gate_penalty: 0.5}
 graph: {kind: none, degree: none, side: in, form: simple, tries: 100}
 early: {trigger: weight_distance, threshold: auto, window: 5, latest: auto, length: published}
 dynamic:
@@ -179,7 +183,13 @@ def another(key: Key) -> Any:
     if key.meta.choices:
         value: Any = next(choice for choice in key.meta.choices if choice != key.default)
     elif key.meta.kind:
-        more = {"schedule": "constant", "graph": "rreg", "trigger": "early_bird", "dynamic": "rigl"}
+        more = {
+            "schedule": "constant",
+            "channel_criterion": "snap",
+            "graph": "rreg",
+            "trigger": "early_bird",
+            "dynamic": "rigl",
+        }
         value = {**kinds, **more}[key.meta.kind]
     elif key.type is bool:
         value = not key.default

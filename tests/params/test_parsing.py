@@ -16,6 +16,7 @@ from utils.system.errors import ParamError
 
 WORDS = {"criterion": "magnitude", "allocation": "erk", "model": "cifar/resnet20", "dataset": "cifar10"}
 WORDS |= {"optimizer": "adamw", "schedule": "cosine", "graph": "rreg", "trigger": "early_bird", "dynamic": "rigl"}
+WORDS |= {"channel_criterion": "snap"}
 
 
 def refused(dotted: str, value: object) -> str:

@@ -45,9 +45,19 @@ def test_one_row_per_parameter(tmp_path: Path, masks: Masks) -> None:
     path = tmp_path / "level_00" / "layers.csv"
     write_layers_csv(path, model, masks)
     table = pd.read_csv(path, float_precision="round_trip")
-    assert list(table.columns) == ["name", "shape", "prunable", "numel", "kept", "density", "dead", "effective"]
+    assert list(table.columns) == [
+        "name",
+        "shape",
+        "prunable",
+        "numel",
+        "kept",
+        "density",
+        "dead",
+        "effective",
+        "width",
+    ]
     assert table.effective.isna().all()
-    table = table.drop(columns="effective")
+    table = table.drop(columns=["effective", "width"])
     assert list(table.name) == [name for name, _ in model.named_parameters()]
     rows = table.set_index("name")
     assert tuple(rows.loc["conv.weight"]) == ("7x3x3x3", True, 189, 10, 10 / 189, False)
@@ -61,13 +71,13 @@ def test_one_row_per_parameter(tmp_path: Path, masks: Masks) -> None:
 def test_densities_are_in_full_precision(tmp_path: Path, masks: Masks) -> None:
     path = tmp_path / "layers.csv"
     write_layers_csv(path, Small(), masks)
-    assert f",10,{10 / 189!r},False,\n" in path.read_text()
+    assert f",10,{10 / 189!r},False,,1\n" in path.read_text()
 
 
 def test_a_layer_outside_the_masks_is_not_prunable(tmp_path: Path, masks: Masks) -> None:
     path = tmp_path / "layers.csv"
     write_layers_csv(path, Small(), Masks({"conv.weight": masks["conv.weight"]}))
-    rows = pd.read_csv(path, float_precision="round_trip").set_index("name").drop(columns="effective")
+    rows = pd.read_csv(path, float_precision="round_trip").set_index("name").drop(columns=["effective", "width"])
     assert tuple(rows.loc["fc.weight"]) == ("3x7", False, 21, 21, 1.0, False)
 
 
@@ -92,9 +102,9 @@ def test_effective_weights_stand_beside_the_kept_ones(tmp_path: Path, masks: Mas
     path = tmp_path / "layers.csv"
     write_layers_csv(path, Small(), masks, {"conv.weight": 4})
     written = path.read_text().splitlines()
-    assert f"conv.weight,7x3x3x3,True,189,10,{10 / 189!r},False,4" in written
-    assert "fc.weight,3x7,True,21,0,0.0,True," in written  # not known
-    assert "conv.bias,7,False,7,7,1.0,False," in written
+    assert f"conv.weight,7x3x3x3,True,189,10,{10 / 189!r},False,4,1" in written
+    assert "fc.weight,3x7,True,21,0,0.0,True,,0" in written  # not known
+    assert "conv.bias,7,False,7,7,1.0,False,," in written
     lines = layer_table(Small(), masks, {"conv.weight": 4, "fc.weight": 0}).splitlines()
     assert [line.split() for line in lines] == [
         ["parameter", "shape", "weights", "kept", "density", "effective", "eff.", "density"],

@@ -14,6 +14,7 @@ from utils.pruning.allocations import allocation
 from utils.pruning.criteria import criterion
 from utils.pruning.dynamic import dynamic
 from utils.pruning.graphs import graph
+from utils.pruning.structured.scores import channel_criterion
 from utils.pruning.triggers import trigger
 from utils.system.errors import UserError
 from utils.system.registry import HOMES, Registry, declared, nearest
@@ -21,7 +22,8 @@ from utils.training.optimizers import optimizer
 from utils.training.schedules import schedule
 
 ROOT = Path(__file__).resolve().parents[2]
-REGISTRIES = {r.kind: r for r in (dataset, model, allocation, criterion, graph, trigger, dynamic, optimizer, schedule)}
+ALL = (dataset, model, allocation, criterion, channel_criterion, graph, trigger, dynamic, optimizer, schedule)
+REGISTRIES = {r.kind: r for r in ALL}
 
 
 @pytest.mark.parametrize("kind", HOMES)

@@ -334,3 +334,16 @@ def test_contradictions_are_refused(part: params.Optimizer, key: str) -> None:
 def test_an_unknown_optimizer_is_named() -> None:
     with pytest.raises(UserError, match="did you mean 'adamw'"):
         build_optimizer(tiny(), section("adamww"), CPU)
+
+
+def test_depthwise_convolutions_can_be_spared() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=4), nn.Linear(8, 2))
+    both = params.Optimizer(decay_norms_and_biases=False, decay_depthwise=False, weight_decay=0.1)
+    groups = build_optimizer(net, both, torch.device("cpu")).param_groups
+    assert [(group["param_names"], group["weight_decay"]) for group in groups] == [
+        (["0.weight", "2.weight", "3.weight"], 0.1),
+        (["0.bias", "1.weight", "1.bias", "2.bias", "3.bias"], 0.0),
+    ]
+    alone = params.Optimizer(decay_depthwise=False, weight_decay=0.1)
+    groups = build_optimizer(net, alone, torch.device("cpu")).param_groups
+    assert groups[1]["param_names"] == ["1.weight"]

@@ -15,12 +15,15 @@ import contextlib
 import hashlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from utils import files
 from utils.models import pretrained as weights
+from utils.models.widths import WidthFile, Widths, constructed
 from utils.system.errors import UserError
 from utils.system.registry import Registry, nearest
 
@@ -56,6 +59,7 @@ def build(
     image_size: int | None = None,
     other_sizes: Mapping[str, int] | None = None,
     seed: int = 0,
+    widths: Widths | None = None,
 ) -> nn.Module:
     """The network called `name` for RGB images, in train mode, on the CPU, in float32.
 
@@ -67,14 +71,23 @@ def build(
     other_sizes: sizes it must take too, by the parameter they come from (evaluation, progressive resizing).
     seed: initial weights are a function of (seed, name, num_classes), whatever the thread count; no global random
         state is read or changed.
+    widths: numbers of channels that differ from the stock network's, as `rebuild` reads them; fresh weights alone.
 
     Raises UserError for an unknown name, weights that do not fit, or images the network cannot take.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}; a head needs at least one class")
     path = weights.local_file(pretrained)
-    with _drawing_from(f"initial weights of {name}, {num_classes} classes, seed {seed}"):
-        network = _construct(name, num_classes, image_size, "" if path else pretrained)
+    if widths is not None and pretrained:
+        raise UserError(
+            f"model.pretrained={pretrained}: {name} with other widths than the stock network's starts fresh"
+        )
+    drawing = _drawing_from(f"initial weights of {name}, {num_classes} classes, seed {seed}")
+    if widths is None:
+        with drawing:
+            network = _construct(name, num_classes, image_size, "" if path else pretrained)
+    else:
+        network = constructed(lambda: _construct(name, num_classes, image_size, ""), widths, drawing)
     if path is not None:
         weights.put(network, weights.read(path), str(path))
         zoo, short = _zoo(name)
@@ -84,6 +97,18 @@ def build(
         for key, size in {"data.image_size": image_size, **(other_sizes or {})}.items():
             _try(network, name, num_classes, size, key)
     return network.train()
+
+
+def rebuild(path: str | Path, weight_file: str | Path | None = None) -> nn.Module:
+    """The network of a width file, from the stock constructor, with the weights of `weight_file` (else fresh ones).
+
+    Raises UserError naming the file that is not what it should be.
+    """
+    found = WidthFile.load(path)
+    network = build(found.model, found.classes, image_size=found.image_size, widths=found.widths)
+    if weight_file is not None:
+        files.put_weights(network, files.load_weights(weight_file), str(weight_file))
+    return network
 
 
 def check_name(name: str) -> None:

@@ -18,6 +18,7 @@ from utils.params.recipe import Recipe
 from utils.params.run import Run
 from utils.params.schedule import Schedule
 from utils.params.step import Step
+from utils.params.structured import Structured
 from utils.params.training import Training
 
 
@@ -35,6 +36,7 @@ class Params:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     pruning: Pruning = dataclasses.field(default_factory=Pruning)
+    structured: Structured = dataclasses.field(default_factory=Structured)
     graph: Graph = dataclasses.field(default_factory=Graph)
     early: Early = dataclasses.field(default_factory=Early)
     dynamic: Dynamic = dataclasses.field(default_factory=Dynamic)
@@ -58,5 +60,6 @@ __all__ = [
     "Run",
     "Schedule",
     "Step",
+    "Structured",
     "Training",
 ]

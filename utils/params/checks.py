@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from utils.params import Params, method_checks, recipe_checks
+from utils.params import Params, method_checks, recipe_checks, structured_checks
 from utils.params.catalog import Key, keys
 from utils.params.parsing import show
 from utils.params.plan import SINGLE, level_plan
@@ -98,6 +98,7 @@ def _problems(params: Params, plan: bool) -> Iterator[str]:
     yield from recipe_checks.problems(params)
     if plan:
         yield from _array(params)
+        yield from structured_checks.problems(params)
         yield from _ignored(params, _PLAN_IGNORED)
         yield from _plan(params)
         yield from _rewind(params)
@@ -260,6 +261,8 @@ def _layer_densities(params: Params) -> Iterator[str]:
 
 def _plan(params: Params) -> Iterator[str]:
     levels, moment = params.levels, params.pruning.moment
+    if params.structured.budget is not None:
+        return  # structured.keep lists the levels
     if levels.densities:
         for name in ("levels.rate", "levels.target", "levels.count", "levels.spacing", "pruning.density"):
             if _changed(keys()[name], params):

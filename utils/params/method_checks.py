@@ -16,6 +16,7 @@ Ignored = tuple[tuple[str, str, tuple[object, ...], str], ...]
 
 _LAYERWISE = ("uniform", "erk", "er", "balanced", "from_mask")
 DATA_FREE = ("magnitude", "random", "synflow", "ntk_sap")
+CHANNELS_ON_DATA = ("snap", "taylor", "crop")
 SIGNED = ("grasp",)
 NO_REGROWTH = ("magnitude", "random", "synflow", "ntk_sap")
 """Criteria that read no data."""
@@ -135,7 +136,8 @@ def _scoring(params: Params, plan: bool) -> Iterator[str]:
     # Level 0 of an iterative run may have a criterion of its own.
     used = {section.criterion} if start is None or not plan else {section.criterion, start}
     idle: list[tuple[str, str]] = []
-    if used <= set(DATA_FREE):
+    channels = params.structured.budget is not None and params.structured.criterion in CHANNELS_ON_DATA
+    if used <= set(DATA_FREE) and not channels:
         reads = "a criterion that reads data"
         idle += [(f"pruning.{name}", reads) for name in ("samples_per_class", "batches", "batch_size")]
     if used <= set(ONE_SCORING):

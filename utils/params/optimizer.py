@@ -19,3 +19,4 @@ class Optimizer:
     eps: float = param(1e-8, "denominator term (adam, adamw)", above=0.0)
     weight_decay: float = param(5e-4, "weight decay", low=0.0)
     decay_norms_and_biases: bool = param(True, "apply weight decay to norms and biases too")
+    decay_depthwise: bool = param(True, "apply weight decay to depthwise convolutions too")

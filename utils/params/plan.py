@@ -135,6 +135,8 @@ def _geometric(first: float, rate: float, target: float | None, count: int | Non
 
 def level_plan(params: Params) -> list[Level]:
     """All levels of the config. Raises ParamError when the plan is contradictory."""
+    if params.structured.budget is not None:
+        return _structured_plan(params)
     densities = target_densities(params)
     moment, rewind = params.pruning.moment, params.levels.rewind
     lengths = params.levels.epochs or (params.training.epochs,)
@@ -151,6 +153,38 @@ def level_plan(params: Params) -> list[Level]:
         begins = _begins(params, density)
         plan.append(Level(number, density, begins, source, epochs, None if first else rewind))
     return plan
+
+
+def _structured_plan(params: Params) -> list[Level]:
+    """Levels of structured pruning; `density` is the share of the budget that stays.
+
+    Level 0 learns gates, or trains the whole network, unless channels are scored at initialisation. Then comes a level
+    for each share, from level 0 or (moment levels) from the level before.
+    """
+    section, moment = params.structured, params.pruning.moment
+    gates, whole = section.criterion == "gates", moment != "init"
+    shares = list(section.keep)
+    lengths = [_epochs_of(params, share) for share in shares]
+    if gates or whole:
+        shares, lengths = [1.0, *shares], [section.gate_epochs if gates else params.training.epochs, *lengths]
+    if params.levels.epochs:
+        given = params.levels.epochs * (len(shares) if len(params.levels.epochs) == 1 else 1)
+        if len(given) != len(shares):
+            raise ParamError(
+                f"levels.epochs: {len(given)} numbers for {len(shares)} levels; give one number, or one per level"
+            )
+        lengths = list(given)
+    plan = []
+    for number, (share, epochs) in enumerate(zip(shares, lengths, strict=True)):
+        source = None if number == 0 or not (gates or whole) else (number - 1 if moment == "levels" else 0)
+        rewind = params.levels.rewind if source is not None and not gates else None
+        plan.append(Level(number, share, share, source, epochs, rewind))
+    return plan
+
+
+def _epochs_of(params: Params, share: float) -> int:
+    """Scratch-B: as many epochs as cost the MACs of training the whole network for training.epochs."""
+    return int(params.training.epochs / share) if params.structured.scratch == "b" else params.training.epochs
 
 
 def _begins(params: Params, density: float) -> float:

@@ -24,7 +24,8 @@ class Row:
     """One parameter. A parameter that is not prunable counts as wholly kept and is never dead.
 
     shape: sizes joined by `x` (`scalar` for none); density: kept / numel; dead: prunable, and no weight is kept;
-    effective: kept weights on a path from input to output, None where it is not known.
+    effective: kept weights on a path from input to output, None where it is not known; width: rows (output channels)
+    with a kept weight.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     density: float
     dead: bool
     effective: int | None = None
+    width: int | None = None
 
 
 def layer_rows(model: nn.Module, masks: Masks, effective: Mapping[str, int] | None = None) -> list[Row]:
@@ -65,7 +67,8 @@ def _row(name: str, shape: tuple[int, ...], masks: Masks, effective: Mapping[str
     density = kept / numel if numel else 1.0
     dead = prunable and kept == 0 < numel
     sizes = "x".join(map(str, shape)) or "scalar"
-    return Row(name, sizes, prunable, numel, kept, density, dead, effective.get(name))
+    width = int(masks[name].flatten(1).any(1).sum()) if prunable and len(shape) > 1 else None
+    return Row(name, sizes, prunable, numel, kept, density, dead, effective.get(name), width)
 
 
 def write_layers_csv(

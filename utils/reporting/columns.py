@@ -35,8 +35,8 @@ def _percent(name: str, help: str) -> Column:
     return Column(name, float, help, low=0.0, high=100.0)
 
 
-def _fraction(name: str, help: str) -> Column:
-    return Column(name, float, help, required=True, low=0.0, high=1.0)
+def _fraction(name: str, help: str, required: bool = True) -> Column:
+    return Column(name, float, help, required=required, low=0.0, high=1.0)
 
 
 def _count(name: str, help: str, required: bool = True) -> Column:
@@ -70,6 +70,13 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "effective_density", float, "kept weights on a path from input to output / prunable weights", low=0.0, high=1.0
     ),
+    _count("macs_dense", "multiply-accumulates of one image of the stock network, whole", required=False),
+    _count("macs", "multiply-accumulates of one image with what is kept", required=False),
+    _count("parameters", "parameters of the network that was trained", required=False),
+    _fraction("kept_share", "share of structured.budget that is kept, reached; empty without one", required=False),
+    Column("peak_memory_mb", float, "memory of one training step at its peak, MB of 1e6 bytes", low=0.0, timing=True),
+    Column("train_seconds_per_image", float, "seconds of a training step per image on one rank", low=0.0, timing=True),
+    Column("seconds_per_image", float, "seconds of inference per image on one rank", low=0.0, timing=True),
     Column("model", str, "model.name"),
     Column("dataset", str, "data.name"),
     Column("criterion", str, "pruning.criterion; empty for a level that prunes nothing"),

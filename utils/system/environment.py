@@ -25,6 +25,7 @@ PACKAGES = (
     "numba",
     "numpy",
     "safetensors",
+    "torch-pruning",
     "opencv-python-headless",
 )
 

@@ -29,6 +29,7 @@ HOMES = {
     "criterion": "utils.pruning.criteria",
     "allocation": "utils.pruning.allocations",
     "graph": "utils.pruning.graphs",
+    "channel_criterion": "utils.pruning.structured.scores",
     "trigger": "utils.pruning.triggers",
     "dynamic": "utils.pruning.dynamic",
     "model": "utils.models",

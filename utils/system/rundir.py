@@ -49,6 +49,21 @@ class LevelDir:
         return self.path / "average.safetensors"
 
     @property
+    def widths(self) -> Path:
+        """Widths of a network made smaller, from which the stock constructor rebuilds it (JSON)."""
+        return self.path / "widths.json"
+
+    @property
+    def origin(self) -> Path:
+        """Digest of the weights a structured level started from."""
+        return self.path / "origin.txt"
+
+    @property
+    def gates(self) -> Path:
+        """Gates learned per group of channels (safetensors)."""
+        return self.path / "gates.safetensors"
+
+    @property
     def rewind(self) -> Path:
         """Weights and optimizer state of the rewind step (safetensors)."""
         return self.path / "rewind.safetensors"

@@ -87,14 +87,17 @@ def _adam_options(section: params.Optimizer, device: torch.device) -> dict[str, 
 def build_optimizer(model: nn.Module, section: params.Optimizer, device: torch.device) -> torch.optim.Optimizer:
     """The section's optimizer over all parameters of `model`, in model order, names in each group's `param_names`.
 
-    With decay_norms_and_biases=false there are two groups, the second (norms, biases and the like) without decay.
+    With decay_norms_and_biases=false or decay_depthwise=false there are two groups, the second (norms, biases and the
+    like; depthwise weights) without decay.
     Raises ParamError for constants that contradict each other.
     """
     build = optimizer[section.name]
     named = list(bare(model).named_parameters())
-    if section.decay_norms_and_biases:
+    decayed = {name for name, _ in named} if section.decay_norms_and_biases else decayed_names(model)
+    if not section.decay_depthwise:
+        decayed -= depthwise_names(model)
+    if len(decayed) == len(named):
         return build([{"params": named}], section, device)
-    decayed = decayed_names(model)
     groups: Groups = [
         {"params": [(name, p) for name, p in named if name in decayed]},
         {"params": [(name, p) for name, p in named if name not in decayed], "weight_decay": 0.0},
@@ -119,6 +122,12 @@ def decayed_names(model: nn.Module) -> set[str]:
             if name not in spared and _decays(module, prefix, leaf, p):
                 found.add(name)
     return found & {name for name, _ in model.named_parameters()}  # a tied weight goes by its first name alone
+
+
+def depthwise_names(model: nn.Module) -> set[str]:
+    """Bare names of the weights of depthwise convolutions: one input channel per group."""
+    convolutions = ((name, m) for name, m in bare(model).named_modules() if isinstance(m, nn.modules.conv._ConvNd))
+    return {f"{name}.weight" for name, m in convolutions if m.groups == m.in_channels > 1}
 
 
 def _decays(module: nn.Module, prefix: str, leaf: str, p: Tensor) -> bool:
