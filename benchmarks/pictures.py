@@ -16,7 +16,7 @@ SIZES = ((375, 500), (375, 500), (375, 500), (333, 500), (500, 375), (500, 333),
 """Height and width of pictures whose longer side is 500, as often as photographs have them (3 : 2 and 4 : 3)."""
 
 LEAVES = 240
-TEXTURE, SHADING = 5.0, 18.0
+TEXTURE, SHADING = 4.3, 18.0
 """Standard deviations in grey levels of what lies on each leaf, and of the light over the whole picture."""
 
 
@@ -57,7 +57,7 @@ def picture(seed: int, height: int, width: int) -> np.ndarray:
 
 
 def _leaves(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Luma and two chromas [3, height, width] of shapes that cover each other; radii have density r^-3 from 4 pixels."""
+    """Luma and two chromas [3, height, width] of shapes that cover each other; radii from 4 px have density r^-3."""
     planes = np.empty((3, height, width))
     planes[:] = _colour(rng)[:, None, None]
     radii = np.sort(np.minimum(4.0 / np.sqrt(rng.uniform(1e-4, 1.0, LEAVES)), 200.0))[::-1]
