@@ -85,48 +85,9 @@ def _like_ffcv() -> tuple[int, int]:
     )
     for box, side in _CHECKED_BOXES:
         y, x, h, w = box
-        decodes &= np.array_equal(decode(jpeg, height, width, box), whole[y : y + h, x : x + w])
+        decodes &= np.array_equal(native.decode(jpeg, height, width, box), whole[y : y + h, x : x + w])
         wanted = np.empty((side, side, 3), np.uint8)
         ctypes_resize(0, image.ctypes.data, height, width, y, y + h, x, x + w, wanted.ctypes.data, side, side)
-        resizes &= np.array_equal(resize_box(image, box, side, AREA), wanted)
+        made = native.resize(image, box, side, side)
+        resizes &= made is not None and np.array_equal(made, wanted)
     return PART if decodes else WHOLE, AREA if resizes else FFCV_RESIZE
-
-
-def decode(
-    jpeg: np.ndarray, height: int, width: int, box: tuple[int, int, int, int], scale: int = 1, exact: bool = False
-) -> np.ndarray:
-    """The box (y, x, height, width) of a JPEG (uint8 [bytes]) at 1/`scale` of its size: uint8 [h, w, 3].
-
-    Raises ValueError for data that is damaged, of another size than `height` x `width`, or a box outside of it.
-    """
-    pixels, placed = np.empty(3 * height * width, np.uint8), np.empty(6, np.int64)
-    code = native.load().sieve_decode(
-        jpeg.ctypes.data, jpeg.size, height, width, *box, scale, exact, pixels.ctypes.data, pixels.size,
-        placed.ctypes.data,
-    )  # fmt: skip
-    if code:
-        reason = {1: "damaged", 2: "of another size"}.get(code, "asked for a part it does not have")
-        raise ValueError(f"the JPEG is {reason}")
-    rows, columns, y, x, h, w = placed.tolist()
-    return pixels[: 3 * rows * columns].reshape(rows, columns, 3)[y : y + h, x : x + w]
-
-
-def resize_box(
-    image: np.ndarray, box: tuple[int, int, int, int], side: int, kind: int, mirror: bool = False
-) -> np.ndarray:
-    """The box (y, x, height, width) of `image` (contiguous uint8 [H, W, 3]) as uint8 [side, side, 3].
-
-    `kind` is AREA or BILINEAR. Raises ValueError for a box outside the image.
-    """
-    y, x, h, w = box
-    rows, columns = image.shape[:2]
-    made = np.empty((side, side, 3), np.uint8)
-    code = native.load().sieve_resize(
-        image.ctypes.data, rows, columns, y, x, h, w, made.ctypes.data, side, side, kind, mirror
-    )
-    if code == 3:
-        raise ValueError(f"box {box} is not within {image.shape[:2]}")
-    if code:  # both sides shrink by whole factors: OpenCV's own
-        ctypes_resize(0, image.ctypes.data, rows, columns, y, y + h, x, x + w, made.ctypes.data, side, side)
-        return made[:, ::-1] if mirror else made
-    return made
