@@ -1,8 +1,9 @@
 """`python -m benchmarks.filters`: what data.resize does to test accuracy: the same model, epochs and seeds per filter.
 
 CIFAR-10, stored as JPEG of quality 90, trained and evaluated at `--size` pixels with random resized crops: boxes shrink
-by up to 32 / size, evaluation by all of it, about as photographs of 500 pixels do at 224 (1.4 and 1.5 on average). Below 16 pixels the whole image is decoded at half its size. Small photographs of one data set: they order the filters
-where images shrink moderately and say little about details that only large photographs have.
+by up to 32 / size, evaluation by all of it, about as photographs of 500 pixels do at 224 (1.4 and 1.5 on average). At
+16 pixels and below, whole images are decoded at half their size. These are small photographs of one data set: they
+order the filters where images shrink moderately and say little about details that only large photographs have.
 
 Runs are ordinary ones, kept under --runs: what is finished is skipped. Arguments after `--` go to every run.
 """
@@ -38,7 +39,7 @@ def arguments(resize: str, seed: int, size: int, epochs: int, runs: Path, more: 
 
 
 def accuracy(words: list[str]) -> float:
-    """Test accuracy of a run after its last epoch, in percent. Raises RuntimeError with the words of one that failed."""
+    """Percent of the test set after a run's last epoch. Raises RuntimeError with the last words of one that failed."""
     from harness_params import load
     from utils.record import run_dir
 
