@@ -170,6 +170,15 @@ def test_what_is_wrong_is_said() -> None:
         native.decode(array(data), 60, 70, (0, 0, 9, 9), scale=8)
 
 
+def test_a_buffer_that_is_too_small_is_left_alone() -> None:
+    data = array(stored(photo(np.random.default_rng(11), 60, 70)))
+    out, placed = np.full(3 * 60 * 70, 173, np.uint8), np.empty(6, np.int64)
+    for capacity in (0, 1, 3 * 60 * 70 - 1):
+        given = (data.ctypes.data, data.size, 60, 70, 0, 0, 60, 70, 1, 0, out.ctypes.data, capacity)
+        assert native.load().sieve_decode(*given, placed.ctypes.data) == 1
+        assert (out == 173).all()
+
+
 def test_damage_after_the_part_is_not_seen() -> None:
     """What lies below the part is never read: that is where the time goes that is saved."""
     data = stored(photo(np.random.default_rng(7), 200, 70))
