@@ -224,12 +224,15 @@ def test_bilinear_is_opencvs() -> None:
 
 
 @pytest.mark.parametrize("bilinear", [False, True])
-def test_boxes_and_mirrors(bilinear: bool) -> None:
-    rng = np.random.default_rng(10)
-    for _ in range(100):
-        height, width, high, wide = (int(side) for side in rng.integers(2, 90, 4))
+@pytest.mark.parametrize("sides", [(2, 40), (90, 200)], ids=["shrinks", "grows"])
+def test_boxes_and_mirrors(bilinear: bool, sides: tuple[int, int]) -> None:
+    rng, done = np.random.default_rng(10), 0
+    for _ in range(60):
+        height, width = (int(side) for side in rng.integers(50, 90, 2))
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        y, x, h, w = random_box(rng, height, width)
+        h, w = int(rng.integers(40, height + 1)), int(rng.integers(40, width + 1))
+        y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+        high, wide = (int(side) for side in rng.integers(*sides, 2))
         part = np.ascontiguousarray(image[y : y + h, x : x + w])
         plain = native.resize(part, (0, 0, h, w), high, wide, bilinear)
         boxed, mirrored = (native.resize(image, (y, x, h, w), high, wide, bilinear, which) for which in (False, True))
@@ -241,6 +244,8 @@ def test_boxes_and_mirrors(bilinear: bool) -> None:
         assert mirrored is not None
         assert np.array_equal(plain, boxed)
         assert np.array_equal(plain, mirrored[:, ::-1])
+        done += 1
+    assert done > 50
 
 
 def test_whole_reductions_are_left_to_opencv_and_bad_boxes_refused() -> None:
