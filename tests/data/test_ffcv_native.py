@@ -16,7 +16,7 @@ pytest.importorskip("ffcv", reason="FFCV is not installed")
 
 from tests.data import ffcv_cases  # noqa: E402
 from tests.data.ffcv_cases import Pictures, load, read, run, same, spec_of  # noqa: E402
-from utils import native  # noqa: E402
+from utils import data, native, params  # noqa: E402
 from utils.data import augment, beton, ffcv_loader, ffcv_native, stateless  # noqa: E402
 from utils.data.ffcv_import import ctypes_imdecode, ctypes_resize  # noqa: E402
 from utils.data.ffcv_native import AREA, BILINEAR, FFCV_RESIZE, PART, SCALED, WHOLE  # noqa: E402
@@ -221,3 +221,26 @@ def test_damage_names_the_image(files, tmp_path, resize):
     next(batches)
     with pytest.raises(UserError, match=r"spoilt\.beton: image 3 is damaged"):
         next(batches)
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(0, 1), (1, 0)])
+def test_building_loaders_tells_once_and_refuses_before_anything_is_made(monkeypatch, caplog, tmp_path, rank, lines):
+    monkeypatch.setattr(ffcv_native.native, "load", missing)
+
+    def config(resize: str) -> params.Params:
+        section = params.Data(name="digits", root=str(tmp_path), resize=resize)
+        return params.Params(data=section, training=params.Training(batch_size=100))
+
+    with pytest.raises(UserError, match=r"data\.resize=area: "):
+        data.prepare(config("area"))
+    assert not list(tmp_path.iterdir())
+    wanted = config("ffcv")
+    data.prepare(wanted)
+    with caplog.at_level(logging.WARNING):
+        loaders = data.build(wanted, Shard(rank, 2, 100), ffcv_cases.CPU, channels_last=False, workers=1)
+    try:
+        images, _ = next(iter(loaders.train))
+        assert images.shape[0] == 50
+    finally:
+        loaders.close()
+    assert len([record for record in caplog.records if "native decoder" in record.message]) == lines
