@@ -18,7 +18,7 @@ export PYTHON WORKERS
 help:  ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup:  ## virtual environment, Python packages, FFCV (system packages too where that is allowed)
+setup:  ## virtual environment, Python packages, FFCV, native decoder (system packages where that is allowed)
 	@bash .ci/setup.sh
 
 demo: setup  ## prune a small ResNet on real digits: 5 levels, a table, a plot and levels.csv

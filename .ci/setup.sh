@@ -2,7 +2,8 @@
 # Sets up what is missing, and nothing else: the virtual environment, its packages, FFCV and what FFCV is built with.
 #   VENV=.venv  PYTHON=python3.x  SYSTEM=no (install no system packages)  LOWEST=yes (lowest versions allowed)
 #   TESTS=yes (also what tests start: SLURM, iproute2)
-# FFCV is optional: without it one line says what to ask for, and training takes the torchvision loader.
+# FFCV is optional: without it one line says what to ask for, and training takes the torchvision loader. So is the native
+# decoder beside it: without it FFCV decodes by itself, slower.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -56,6 +57,19 @@ missing_for_ffcv() {
   pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
   pkg-config --exists libturbojpeg 2>/dev/null || turbojpeg_package
   [ -e "$headers/Python.h" ] || echo "$version-dev"
+}
+
+jpeg_package() { # Debian: libjpeg62-turbo-dev; Ubuntu: libjpeg-turbo8-dev
+  if apt-cache show libjpeg62-turbo-dev >/dev/null 2>&1 || ! apt-cache show libjpeg-turbo8-dev >/dev/null 2>&1; then
+    echo libjpeg62-turbo-dev
+  else
+    echo libjpeg-turbo8-dev
+  fi
+}
+
+# Prints the packages the native decoder's build still lacks; what FFCV was built with is there.
+missing_for_native() {
+  g++ -fsyntax-only -x c++ - <<<$'#include <cstdio>\n#include <jpeglib.h>' 2>/dev/null || jpeg_package
 }
 
 # --- stages ------------------------------------------------------------------------------------------------------
@@ -145,6 +159,22 @@ install_for_tests() {
   fi
 }
 
+# Builds the decoder of utils/native where it is missing or older than its sources.
+install_native() {
+  ffcv_installed || return 0
+  make -q -C utils/native >/dev/null 2>&1 && return
+  local missing
+  missing="$(missing_for_native)"
+  if [ -n "$missing" ] && install_system "$missing"; then
+    missing="$(missing_for_native)"
+  fi
+  if [ -n "$missing" ]; then
+    say "no native decoder, FFCV decodes by itself, slower; ask the administrator for: apt-get install $missing"
+  elif ! make -C utils/native >>"$LOG" 2>&1; then
+    say "the native decoder could not be built, FFCV decodes by itself, slower; $LOG says why"
+  fi
+}
+
 exec 9<.
 flock 9 # one set-up of this clone at a time
 SYSTEM_LOG="$(mktemp)"
@@ -156,5 +186,6 @@ if [ "$(cat "$VENV/.stamp" 2>/dev/null)" != "$(fingerprint)" ]; then
   fingerprint >"$VENV/.stamp"
 fi
 install_ffcv
+install_native
 if [ "${TESTS:-no}" = yes ]; then install_for_tests; fi
 if [ -s "$SYSTEM_LOG" ]; then cat "$SYSTEM_LOG" >>"$LOG"; fi

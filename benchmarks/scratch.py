@@ -33,9 +33,9 @@ def markdown(frame: pd.DataFrame) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for method, rows in sorted(frame.groupby("method"), key=lambda item: -item[1]["final_test_acc"].mean()):
-        accuracy = rows["final_test_acc"]
+        accuracy, macs = rows["final_test_acc"], rows["macs"].mean() / 1e6
         lines.append(
-            f"| {method} | {accuracy.mean():.2f} | {spread(accuracy)} | {len(rows)} | {rows['macs'].mean() / 1e6:.2f} M "
+            f"| {method} | {accuracy.mean():.2f} | {spread(accuracy)} | {len(rows)} | {macs:.2f} M "
             f"| {rows['kept_share'].mean():.4f} | {rows['parameters'].mean():,.0f} | {rows['epochs'].mean():.0f} |"
         )
     return lines

@@ -90,6 +90,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     # data
     ({**PLAN, "data.randaugment": 2}, "data.randaugment=2: has no effect with data.loader=ffcv"),
     ({**PLAN, "data.randaugment_magnitude": 5}, "data.randaugment_magnitude"),
+    ({**PLAN, "data.loader": "device", "data.resize": "area"}, "data.resize=area: has no effect with data.loader=devi"),
     ({**PLAN, "data.loader": "device", "data.progressive_size": 16}, "data.progressive_size=16: has no effect"),
     ({**PLAN, "data.progressive_size": 100}, "data.progressive_size=100"),
     ({**PLAN, "data.progressive_size": 160, "data.image_size": 128}, "data.progressive_size=160"),

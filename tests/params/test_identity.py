@@ -28,7 +28,7 @@ model: {name: cifar/resnet20, pretrained: ''}
 data:
   {name: cifar10, root: data, betons: auto, loader: ffcv, download: true, val: 0.1, subset: none, split_seed: 0,
    order_seed: auto, workers: auto, image_size: auto, eval_size: auto, augment: auto, pad: 4, flip: auto, cutout: 0,
-   randaugment: 0, randaugment_magnitude: 9, mixup: 0.0, cutmix: 0.0, progressive_size: none,
+   randaugment: 0, randaugment_magnitude: 9, mixup: 0.0, cutmix: 0.0, resize: ffcv, progressive_size: none,
    progressive_epochs: [0.0, 0.8], max_resolution: auto, jpeg_quality: 90, write_mode: auto, compress_probability: 0.5,
    os_cache: true}
 training:

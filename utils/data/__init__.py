@@ -99,13 +99,15 @@ def prepare(params: Params) -> None:
 
     Every process of a node may call this at once, before the process group starts: one does the work under a file
     lock, with all allowed CPUs, the others wait for it; local rank 0 holds .beton files that are
-    there against their source. Raises UserError when data is missing and cannot be had, or has changed.
+    there against their source. Raises UserError when data is missing and cannot be had, or has changed, or data.resize
+    needs a library that is missing.
     """
     data = params.data
     spec = resolve(data)
     if _usable(data.loader, warn=False) == "ffcv":
-        from utils.data import beton
+        from utils.data import beton, ffcv_native
 
+        ffcv_native.ways(data.resize)
         beton.ensure(spec, data.workers or allowed_cpus(), data.download, compare=world().local_rank == 0)
         return
     for name in SPLITS:
@@ -128,6 +130,10 @@ def build(params: Params, shard: Shard, device: torch.device, channels_last: boo
         "channels_last": channels_last,
         "workers": max(1, min(workers, allowed_cpus())),
     }
+    if kind == "ffcv" and shard.rank == 0:
+        from utils.data import ffcv_native
+
+        ffcv_native.tell(data.resize)
     opened = (_open_betons if kind == "ffcv" else _open_sources)(spec, kind, common)
     train, val = _indices(params, opened.labels, shard.batch_size)
     eval_batch = params.training.eval_batch_size or 2 * shard.micro_batch

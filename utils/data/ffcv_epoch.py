@@ -46,11 +46,13 @@ class Job:
     largest        bytes of the largest decoded image
     pad            padding the shifts of the plan refer to; below 0: none
     canvas         side of the image that is shifted; 1 where nothing is
+    ways           how JPEGs are decoded and who resizes (`ffcv_native.ways`)
     """
 
     batches: list[np.ndarray]
     plan: Callable[[np.ndarray], np.ndarray]
     largest: int
+    ways: tuple[int, int]
     pad: int = -1
     canvas: int = 1
 
@@ -171,7 +173,7 @@ class EpochReader:
             for node, buffer in slot.memory.get(kind, {}).items():
                 arguments[f"{prefix}_{node}"] = None if buffer is None else buffer[:count]
         decoder = f"memory_{self.pipeline.node(self.pipeline.decoder)}"
-        arguments[decoder] = (arguments[decoder], plan, self.job.pad, storage, *self._scratch)
+        arguments[decoder] = (arguments[decoder], plan, (self.job.pad, *self.job.ways), storage, *self._scratch)
         slot.outputs = self._through_stages(slot, arguments)
         failed = np.flatnonzero(plan[:, FAILED])
         if len(failed):

@@ -12,6 +12,7 @@ import torch
 from utils.data import augment, beton_format
 from utils.data.batching import Batching
 from utils.data.ffcv_epoch import EpochReader, Job
+from utils.data.ffcv_native import ways
 from utils.data.ffcv_ops import BOX_Y, COLUMNS, HEIGHT, MIRROR, OFFSET, SHIFT_Y, WIDTH, PlannedDecoder
 from utils.data.ffcv_pipeline import Pipeline
 from utils.data.order import Shard
@@ -24,9 +25,10 @@ from utils.system.errors import UserError
 class FFCVLoader(Batching):
     """A `Loader` of the images of one .beton file.
 
-    Order, boxes, shifts and mirrors are `Batching`'s and `augment`'s; only the filters of JPEG and resizing are FFCV's
-    own (OpenCV, by pixel areas). Pixels stay bytes until they are on the device. Built once per split; its code is
-    compiled at the first batch. Raises UserError, while iterating, for an image that cannot be decoded.
+    Order, boxes, shifts and mirrors are `Batching`'s and `augment`'s; JPEGs are decoded and resized as data.resize
+    says (`ffcv_native`). Pixels stay bytes until they are on the device. Built once per split; its code is compiled at
+    the first batch. Raises UserError for a data.resize that needs a library which is not there, and, while iterating,
+    for an image whose part that is needed cannot be decoded.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class FFCVLoader(Batching):
         self._largest = int((3 * sizes[:, HEIGHT] * sizes[:, WIDTH]).max(initial=1))
         decoder = PlannedDecoder(self._side(), parallel=self.workers > 1)
         self._pipeline = Pipeline(beton, decoder, device, spec.data.os_cache)
+        self._ways = ways(spec.data.resize)
         self._readers: set[EpochReader] = set()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -121,7 +124,7 @@ class FFCVLoader(Batching):
             return rows
 
         pad, canvas = (spec.data.pad, spec.image_size) if shifted else (-1, 1)
-        return Job(batches, plan, self._largest, pad, canvas)
+        return Job(batches, plan, self._largest, self._ways, pad, canvas)
 
 
 def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.ndarray:

@@ -16,6 +16,7 @@ import llvmlite.binding
 import numpy as np
 from numba import njit, prange, types
 
+from utils import native
 from utils.data.beton_format import JPG
 from utils.data.ffcv_import import (
     AllocationQuery,
@@ -25,6 +26,7 @@ from utils.data.ffcv_import import (
     ctypes_imdecode,
     ctypes_resize,
 )
+from utils.data.ffcv_native import SCALED, WHOLE
 
 OFFSET, BYTES, HEIGHT, WIDTH, MODE, BOX_Y, BOX_X, BOX_H, BOX_W, SHIFT_Y, SHIFT_X, MIRROR, FAILED = range(13)
 """Columns of a plan, int64 [batch, COLUMNS].
@@ -38,9 +40,22 @@ FAILED                  written by the kernel: 1 where a JPEG could not be decod
 """
 COLUMNS = 13
 
-# FFCV's C functions under names of our own: code that calls them by name, not by address, can be kept on disk.
-for _name, _function in (("sieve_ffcv_imdecode", ctypes_imdecode), ("sieve_ffcv_resize", ctypes_resize)):
-    llvmlite.binding.add_symbol(_name, ctypes.cast(_function, ctypes.c_void_p).value)
+
+def _native() -> tuple[Any, Any]:
+    """The native library's decoder and resizing; where there is none, functions that are never called."""
+    try:
+        library = native.load()
+    except native.Missing:
+        return ctypes_imdecode, ctypes_resize
+    return library.sieve_decode, library.sieve_resize
+
+
+# C functions under names of our own: code that calls them by name, not by address, can be kept on disk.
+_functions = (ctypes_imdecode, ctypes_resize, *_native())
+for _name, _function in zip(
+    ("ffcv_imdecode", "ffcv_resize", "native_decode", "native_resize"), _functions, strict=True
+):
+    llvmlite.binding.add_symbol(f"sieve_{_name}", ctypes.cast(_function, ctypes.c_void_p).value)
 _u32, _ptr = types.uint32, types.voidptr
 _imdecode: Any = types.ExternalFunction(
     "sieve_ffcv_imdecode",
@@ -49,6 +64,8 @@ _imdecode: Any = types.ExternalFunction(
 _resize_c: Any = types.ExternalFunction(
     "sieve_ffcv_resize", types.void(*(types.int64,) * 4, *(types.int64,) * 4, *(types.int64,) * 3)
 )
+_native_decode: Any = types.ExternalFunction("sieve_native_decode", types.int32(*(types.int64,) * 13))
+_native_resize: Any = types.ExternalFunction("sieve_native_resize", types.int32(*(types.int64,) * 12))
 
 
 def _compiled(parallel: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -65,12 +82,27 @@ def _compiled(parallel: bool) -> Callable[[Callable[..., None]], Callable[..., N
 
 
 @njit(nogil=True)
-def _resize(source: Any, y: Any, x: Any, height: Any, width: Any, out: Any) -> None:
-    """`out` becomes the box of `source`, resized by OpenCV by pixel areas."""
+def _mirror_in_place(image: Any) -> None:
+    for row in range(image.shape[0]):
+        line = image[row]
+        for left in range(image.shape[1] // 2):
+            right = image.shape[1] - 1 - left
+            for channel in range(3):
+                line[left, channel], line[right, channel] = line[right, channel], line[left, channel]
+
+
+@njit(nogil=True)
+def _resize(source: Any, y: Any, x: Any, height: Any, width: Any, resizing: Any, mirror: Any, out: Any) -> None:
+    """`out` becomes the box of `source`, resized as `resizing` says (`ffcv_native`) and mirrored when asked."""
     rows, columns = source.shape[0], source.shape[1]
-    _resize_c(
-        0, source.ctypes.data, rows, columns, y, y + height, x, x + width, out.ctypes.data, out.shape[0], out.shape[1]
-    )
+    high, wide, pixels, target = out.shape[0], out.shape[1], source.ctypes.data, out.ctypes.data
+    if resizing >= 0:
+        box = (y, x, height, width)
+        if _native_resize(pixels, rows, columns, *box, target, high, wide, resizing, np.int64(mirror)) == 0:
+            return
+    _resize_c(0, pixels, rows, columns, y, y + height, x, x + width, target, high, wide)
+    if mirror:
+        _mirror_in_place(out)
 
 
 @njit(nogil=True)
@@ -115,79 +147,99 @@ def _copy_window(source: Any, y: Any, x: Any, side: Any, top: Any, left: Any, mi
 
 
 @njit(nogil=True)
-def _mirror_in_place(image: Any) -> None:
-    for row in range(image.shape[0]):
-        line = image[row]
-        for left in range(image.shape[1] // 2):
-            right = image.shape[1] - 1 - left
-            for channel in range(3):
-                line[left, channel], line[right, channel] = line[right, channel], line[left, channel]
-
-
-@njit(nogil=True)
-def _follow(image: Any, row: Any, pad: Any, canvas: Any, shifted: Any, out: Any) -> None:
-    """Make `out` [S, S, 3] of a decoded `image` as a plan's row says.
+def _follow(image: Any, box: Any, row: Any, pad: Any, resizing: Any, canvas: Any, shifted: Any, out: Any) -> None:
+    """Make `out` [S, S, 3] of the box (y, x, height, width) of an `image` as a plan's row says.
 
     With pad >= 0 the box is brought to the side of `canvas`, shifted within black padding, and brought to S.
     """
-    y, x, height, width = row[BOX_Y], row[BOX_X], row[BOX_H], row[BOX_W]
+    y, x, height, width = box
     size, mirror = out.shape[0], row[MIRROR] != 0
-    inner = size if pad < 0 else canvas.shape[0]
-    top, left = (0, 0) if pad < 0 else (row[SHIFT_Y] - pad, row[SHIFT_X] - pad)
-    if height != inner or width != inner:
-        if pad < 0:
-            _resize(image, y, x, height, width, out)
-            if mirror:
-                _mirror_in_place(out)
-            return
-        _resize(image, y, x, height, width, canvas)
-        image, y, x = canvas, 0, 0
-    if size == inner:
-        _copy_window(image, y, x, inner, top, left, mirror, out)
+    if pad < 0:
+        if height == size and width == size:
+            _copy_window(image, y, x, size, 0, 0, mirror, out)
+        else:
+            _resize(image, y, x, height, width, resizing, mirror, out)
+        return
+    inner, top, left = canvas.shape[0], row[SHIFT_Y] - pad, row[SHIFT_X] - pad
+    target = out if size == inner else shifted
+    if height == inner and width == inner:
+        _copy_window(image, y, x, inner, top, left, mirror, target)
     else:
-        _copy_window(image, y, x, inner, top, left, mirror, shifted)
-        _resize(shifted, 0, 0, inner, inner, out)
+        _resize(image, y, x, height, width, resizing, False, canvas)
+        _copy_window(canvas, 0, 0, inner, top, left, mirror, target)
+    if size != inner:
+        _resize(shifted, 0, 0, inner, inner, resizing, False, out)
 
 
 @njit(nogil=True)
-def _fill_share(
-    start: Any, stop: Any, out: Any, plan: Any, pad: Any, storage: Any, decoded: Any, canvas: Any, shifted: Any
-) -> None:
+def _decode(data: Any, row: Any, decoding: Any, side: Any, pixels: Any, placed: Any) -> Any:
+    """Decode a JPEG into `pixels`; `placed` [6] becomes its rows and columns there, and the row's box. False: damaged.
+
+    SCALED takes the smallest of the whole, half or quarter image whose box still has `side` pixels each way.
+    """
+    height, width, box_h, box_w = row[HEIGHT], row[WIDTH], row[BOX_H], row[BOX_W]
+    if decoding == WHOLE:
+        h, w, zero, one = np.uint32(height), np.uint32(width), np.uint32(0), np.uint32(1)
+        size = np.uint64(data.size)
+        placed[0], placed[1] = height, width
+        placed[2:] = row[BOX_Y : BOX_Y + 4]
+        return _imdecode(data.ctypes, size, h, w, pixels.ctypes, h, w, zero, zero, one, one, False, False) == 0
+    scale, exact = 1, 0
+    if decoding == SCALED:
+        exact, ratio = 1, min(box_h, box_w) // side
+        scale = 4 if ratio >= 4 else (2 if ratio >= 2 else 1)
+    box = (row[BOX_Y], row[BOX_X], box_h, box_w)
+    source, target = data.ctypes.data, pixels.ctypes.data
+    return (
+        _native_decode(source, data.size, height, width, *box, scale, exact, target, pixels.size, placed.ctypes.data)
+        == 0
+    )
+
+
+@njit(nogil=True)
+def _fill_share(start: Any, stop: Any, out: Any, plan: Any, how: Any, storage: Any, scratch: Any) -> None:
+    pad, decoding, resizing = how
+    decoded, canvas, shifted = scratch
+    side = out.shape[1] if pad < 0 else canvas.shape[0]
+    placed = np.empty(6, np.int64)
     for place in range(start, stop):
         row = plan[place]
-        height, width = row[HEIGHT], row[WIDTH]
         data = storage[row[OFFSET] : row[OFFSET] + row[BYTES]]
-        image = decoded[: height * width * 3]
         row[FAILED] = 0
         if row[MODE] == JPG:
-            h, w, zero, one = np.uint32(height), np.uint32(width), np.uint32(0), np.uint32(1)
-            size = np.uint64(data.size)
-            if _imdecode(data.ctypes, size, h, w, image.ctypes, h, w, zero, zero, one, one, False, False) != 0:
+            if not _decode(data, row, decoding, side, decoded, placed):
                 row[FAILED] = 1
                 continue
+            rows, columns = placed[0], placed[1]
+            box = (placed[2], placed[3], placed[4], placed[5])
+            image = decoded[: rows * columns * 3].reshape(rows, columns, 3)
+            _follow(image, box, row, pad, resizing, canvas, shifted, out[place])
         else:
-            _copy(data, image)
-        _follow(image.reshape(height, width, 3), row, pad, canvas, shifted, out[place])
+            box = (row[BOX_Y], row[BOX_X], row[BOX_H], row[BOX_W])
+            raw = data.reshape(row[HEIGHT], row[WIDTH], 3)
+            _follow(raw, box, row, pad, resizing, canvas, shifted, out[place])
 
 
 @_compiled(parallel=False)
-def fill(out: Any, plan: Any, pad: Any, storage: Any, decoded: Any, canvas: Any, shifted: Any) -> None:
+def fill(out: Any, plan: Any, how: Any, storage: Any, decoded: Any, canvas: Any, shifted: Any) -> None:
     """Fill a batch on one thread.
 
-    out uint8 [B, S, S, 3]; plan int64 [B, COLUMNS]; pad (below 0: none); storage read-only uint8 [bytes]; scratch of
-    each thread: decoded uint8 [threads, largest image], canvas and shifted uint8 [threads, side, side, 3].
+    out uint8 [B, S, S, 3]; plan int64 [B, COLUMNS]; how = (pad, below 0: none; decoding and resizing of `ffcv_native`);
+    storage read-only uint8 [bytes]; scratch of each thread: decoded uint8 [threads, largest image], canvas and shifted
+    uint8 [threads, side, side, 3].
     """
-    _fill_share(0, out.shape[0], out, plan, pad, storage, decoded[0], canvas[0], shifted[0])
+    _fill_share(0, out.shape[0], out, plan, how, storage, (decoded[0], canvas[0], shifted[0]))
 
 
 @_compiled(parallel=True)
-def fill_parallel(out: Any, plan: Any, pad: Any, storage: Any, decoded: Any, canvas: Any, shifted: Any) -> None:
+def fill_parallel(out: Any, plan: Any, how: Any, storage: Any, decoded: Any, canvas: Any, shifted: Any) -> None:
     """`fill` on as many threads as there is scratch for."""
     threads, count = decoded.shape[0], out.shape[0]
     # Each thread has its own share of the batch and its own scratch, whatever the threading layer does.
     for thread in prange(threads):
         start, stop = thread * count // threads, (thread + 1) * count // threads
-        _fill_share(start, stop, out, plan, pad, storage, decoded[thread], canvas[thread], shifted[thread])
+        scratch = (decoded[thread], canvas[thread], shifted[thread])
+        _fill_share(start, stop, out, plan, how, storage, scratch)
 
 
 class PlannedDecoder(SimpleRGBImageDecoder):

@@ -31,6 +31,7 @@ _IGNORED: method_checks.Ignored = (
     ("optimizer.eps", "optimizer.name", ("sgd",), "adam or adamw"),
     ("data.randaugment", "data.loader", ("ffcv", "device"), "torchvision"),
     ("data.progressive_size", "data.loader", ("device",), "ffcv or torchvision"),
+    ("data.resize", "data.loader", ("device", "torchvision"), "ffcv"),
     ("data.pad", "data.augment", ("none", "rrc"), "crop"),
     ("data.jpeg_quality", "data.write_mode", ("raw",), "jpg or proportion"),
     ("data.compress_probability", "data.write_mode", ("auto", "raw", "jpg"), "proportion"),

@@ -39,6 +39,11 @@ class Data:
     randaugment_magnitude: int = param(9, "RandAugment magnitude, 0 to 30", low=0, high=30)
     mixup: float = param(0.0, "mixup alpha; 0: none", low=0.0)
     cutmix: float = param(0.0, "cutmix alpha; 0: none (with mixup too, each batch takes one of them)", low=0.0)
+    resize: str = param(
+        "ffcv",
+        "ffcv: FFCV's own pixels; area: JPEGs scaled while decoded, then by areas; bilinear: the same, then bilinearly",
+        choices=("ffcv", "area", "bilinear"),
+    )
     progressive_size: int | None = param(
         None, "first training size of progressive resizing; none: fixed size", low=1, empty="none"
     )
