@@ -12,6 +12,7 @@ from tests import levels_cases
 from tests.levels_cases import everything, rows, run
 from utils import files, levels
 from utils.params import Params
+from utils.reporting.verify import verify
 from utils.system.console import Console
 from utils.system.distributed import World
 from utils.system.errors import Preempted, UserError
@@ -95,6 +96,7 @@ def test_a_run_stopped_again_and_again_leaves_the_bits_of_the_whole_run(name: st
     stopped, stops = until_done(config(tmp_path / "stopped", **keys), 5 if "data__val" in keys else 3)
     assert stops >= 2
     assert everything(stopped) == everything(whole)
+    assert verify(stopped) == []
     assert not stopped.level(0).checkpoint.exists()
     assert not stopped.level(0).previous.exists()
 

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.levels_cases import config, rows
+from tests.levels_cases import config, everything, rows
+from tests.test_levels_resume import Stops
 from utils import files, models
 from utils.models.widths import WidthFile
 from utils.params import Params
 from utils.params.plan import level_plan
 from utils.pruning.structured import Channels
 from utils.pruning.structured.cost import counted_macs
+from utils.reporting.verify import verify
 from utils.structured_levels import StructuredDriver
 from utils.system.console import Console
 from utils.system.distributed import World
-from utils.system.errors import UserError
+from utils.system.errors import Preempted, UserError
 from utils.system.rundir import RunDir
+from utils.system.stopping import Never
 
 SHAPE = (3, 16, 16)
 
 
-def run(params: Params) -> RunDir:
-    return StructuredDriver(params, World(), torch.device("cpu"), Console(main=False)).run()
+def run(params: Params, stopping: Never | None = None) -> RunDir:
+    return StructuredDriver(params, World(), torch.device("cpu"), Console(main=False), stopping).run()
 
 
 def structured(root: Path, epochs: int = 1, **keys: object) -> Params:
@@ -208,3 +212,32 @@ def test_contradictions_are_refused_in_one_line(keys: dict[str, object], message
         build(keys)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+EARLY = {
+    "structured__criterion": "snap",
+    "pruning__moment": "early",
+    "pruning__samples_per_class": 1,
+    "early__trigger": "weight_distance",
+    "early__latest": "1ep",
+}
+
+
+@pytest.mark.parametrize("name", ["scratch", "early"])
+def test_stopped_again_and_again_it_leaves_the_bits_of_the_whole_run(name: str, tmp_path: Path) -> None:
+    keys = {"training__eval_batch_size": 1000, "data__subset": 120, **(SCRATCH if name == "scratch" else EARLY)}
+    whole = run(structured(tmp_path / "whole", 2, **keys))
+    assert verify(whole) == []
+    params = structured(tmp_path / "stopped", 2, **keys)
+    stops = 0
+    while stops < 60:
+        with contextlib.suppress(Preempted):
+            stopped = run(params, Stops(4))
+            break
+        stops += 1
+    assert 2 <= stops < 60
+    timed = {"peak_memory_mb", "train_seconds_per_image", "seconds_per_image"}
+    own, other = everything(stopped), everything(whole)
+    for found in (own, other):
+        found["levels.csv"] = [{k: v for k, v in row.items() if k not in timed} for row in found["levels.csv"]]
+    assert own == other

@@ -37,9 +37,11 @@ class LevelChecks:
     def problems(self) -> list[str]:
         """All of them, in the order of the files."""
         row = self._row() if self.place.row.exists() else None
-        mask = self._tensors(self.place.mask, mask=True) if row or self.place.mask.exists() else None
         if row:
             self._identity(row)
+        if self.params is not None and self.params.structured.budget is not None:
+            return self._structured(row)
+        mask = self._tensors(self.place.mask, mask=True) if row or self.place.mask.exists() else None
         if mask:
             self._mask(mask, row)
             self._subset(mask, row)
@@ -176,10 +178,12 @@ class LevelChecks:
             if state is not None:
                 self._pruned(rewind, state, mask, "model.")
 
-    def _pruned(self, path: Path, weights: Tensors, mask: Tensors, prefix: str) -> None:
+    def _pruned(self, path: Path, weights: Tensors, mask: Tensors | None, prefix: str) -> None:
         for name in weights.entries:
             if bad := weights.infinite(name):
                 self.found.append(f"{path}: {name!r} holds {bad} NaN or infinite values, expected none")
+        if mask is None:
+            return
         for name, raw in mask.raw.items():
             entry = weights.entries.get(prefix + name)
             if entry is None or entry.shape != mask.entries[name].shape:
@@ -214,6 +218,21 @@ class LevelChecks:
         if row is not None and row["effective_density"] is not None and all(cell.isdecimal() for cell in effective):
             total = sum(map(int, effective)) / row["prunable_weights"] if row["prunable_weights"] else 1.0
             self._differs(self.place.row, "effective_density (layers.csv)", row["effective_density"], total)
+
+    def _structured(self, row: Row | None) -> list[str]:
+        """Of a level whose channels are taken out: it has widths instead of a mask, and nothing to be zero."""
+        if row is None:
+            return self.found
+        path = self.place.weights
+        if (weights := self._tensors(path)) is not None:
+            self._pruned(path, weights, None, "")
+            self._differs(self.place.row, "weights_digest (weights.safetensors)", row["weights_digest"], weights.digest)
+        share = row["kept_weights"] / row["prunable_weights"] if row["prunable_weights"] else 1.0
+        self._differs(self.place.row, "density (kept_weights / prunable_weights)", row["density"], share)
+        if row["kept_share"] is not None and not self.place.widths.exists():
+            self.found.append(f"{self.place.widths}: missing, level {self.number} took channels out")
+        self._epochs(row)
+        return self.found
 
     def _rounds(self, row: Row) -> None:
         if row["rounds"] is not None and (table := self._table(self.place.rounds)) is not None:
