@@ -5,6 +5,10 @@ torchrun harness.py --config configs/x.yaml [--config overlay.yaml ...] [--secti
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+
 import harness_params
 from utils.params.identity import run_path
 from utils.system.launcher import Launcher
@@ -41,3 +45,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # At once: threads of native libraries have been seen to abort an interpreter that finalizes, after all its work.
+    with contextlib.suppress(OSError):  # a reader that has gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0)
