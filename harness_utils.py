@@ -96,6 +96,7 @@ def _heeding(launcher: Launcher | None, device: torch.device, timeout: float) ->
     except BaseException:
         stopping.uninstall()  # nobody asks any more: torchrun's SIGTERM ends us at once
         raise
+    stopping.drain()  # a rank that left with a question open would break it for the others
     stopping.uninstall()
 
 
