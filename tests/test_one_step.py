@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import levels
+from utils import levels, structured_levels
 from utils.params import Params
 from utils.params.load import build
 from utils.params.yaml_file import read_yaml
@@ -69,7 +69,8 @@ def root(tmp_path_factory) -> Path:
 
 
 def one_step(params: Params) -> list[dict[str, str]]:
-    directory = levels.Driver(params, World(), torch.device("cpu"), Console(main=False)).run()
+    driver = levels.Driver if params.structured.budget is None else structured_levels.StructuredDriver
+    directory = driver(params, World(), torch.device("cpu"), Console(main=False)).run()
     with open(directory.levels_csv, encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
@@ -94,7 +95,7 @@ def test_every_model_family(name: str, root: Path, tmp_path: Path) -> None:
 
 
 def experiments() -> list[str]:
-    overlays = {"levels", "pruning", "dynamic", "early", "training", "slurm", "recipe"}
+    overlays = {"levels", "pruning", "dynamic", "early", "training", "slurm", "recipe", "structured"}
     files = sorted((ROOT / "configs").rglob("*.yaml"))
     return [str(f.relative_to(ROOT)) for f in files if f.parent.name not in overlays]
 
@@ -108,7 +109,8 @@ def test_every_shipped_experiment(path: str, root: Path, tmp_path: Path) -> None
     method = {"levels.count": 2, "levels.rewind_step": "0it"} if given["levels"].get("rewind") == "wr" else {}
     if (count := given["levels"].get("count", "none")) != "none":
         method["levels.count"] = min(2, int(count))
-    given.get("pruning", {}).pop("exclude", None)  # names of the config's own network
+    for section in ("pruning", "structured"):
+        given.get(section, {}).pop("exclude", None)  # names of the config's own network
     keys = {"data.root": place(root, name), "run.root": str(tmp_path), "data.subset": 8}
     rows = one_step(build([given, {**SMALL, **keys, **method, "model.name": "cifar/resnet20"}]))
     assert rows
