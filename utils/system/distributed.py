@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from utils.system.errors import Busy, UserError
 
@@ -71,7 +72,22 @@ def start(place: World, device: torch.device, backend: str = "auto", timeout: fl
     if backend == "nccl" and device.type != "cuda":
         raise UserError("distributed.backend=nccl needs GPUs; set distributed.backend=gloo")
     options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **options)
+    limit = datetime.timedelta(seconds=timeout)
+    if (restarts := _restarts()) > 0:
+        store = next(iter(rendezvous("env://", timeout=limit)))[0]
+        options |= {"store": dist.PrefixStore(f"restart {restarts}", store), "rank": place.rank}
+        options |= {"world_size": place.size}
+    dist.init_process_group(backend, timeout=limit, **options)
+
+
+def _restarts() -> int:
+    """How often torchrun has started these workers again, where that gives the new group a store of its own.
+
+    torchrun keeps one store over its restarts, and what ranks that are gone left in it sends the new ones to closed
+    ports. Only on one node do all ranks know the same number of restarts.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(count) if count.isdecimal() and os.environ.get("GROUP_WORLD_SIZE") == "1" else 0
 
 
 def side_group(timeout: float = 600.0) -> dist.ProcessGroup | None:
