@@ -167,7 +167,10 @@ def _end_preempted(params: Params, world: World, message: str) -> None:
 
 def _lost(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone, or does not answer."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    signs = (
+        "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
+        "Application timeout caused pair closure",
+    )  # fmt: skip
     return isinstance(error, RuntimeError) and any(sign in f"{error}" for sign in signs)
 
 
