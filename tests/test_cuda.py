@@ -1,0 +1,189 @@
+"""What only a GPU can show: enforcement, scoring, loaders and whole runs on CUDA. Skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from utils import models
+from utils.files import load_weights
+from utils.masks import Masks, prunable_parameters
+from utils.pruning import prune
+from utils.sparsity import attach
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2, fused=True),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-1, fused=True),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-1, foreach=True),
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return models.build("cifar/resnet20", num_classes=10).cuda().to(memory_format=torch.channels_last)
+
+
+def random_masks(model: nn.Module, density: float = 0.2) -> Masks:
+    generator = torch.Generator().manual_seed(1)
+    return Masks({n: torch.rand(p.shape, generator=generator) < density for n, p in prunable_parameters(model).items()})
+
+
+def batch(number: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randn(size, 3, 32, 32, generator=generator)
+    return images.cuda().to(memory_format=torch.channels_last), torch.randint(10, (size,), generator=generator).cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_pruned_weights_and_state_stay_zero(name: str, dtype: torch.dtype) -> None:
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    masks = random_masks(model)
+    held = attach(model, optimizer, Masks.dense(model))
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    parameters = dict(model.named_parameters())
+    before = {key: p.detach().clone() for key, p in parameters.items()}
+    for step in range(6):
+        if step == 2:
+            held.set(masks)
+        images, labels = batch(step)
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    for key, mask in masks.items():
+        p, pruned = parameters[key], ~mask.cuda()
+        state = [v for v in optimizer.state[p].values() if torch.is_tensor(v) and v.shape == p.shape]
+        assert state
+        for tensor in [p.detach(), *state]:
+            assert tensor[pruned].eq(0).all(), key
+            assert not torch.signbit(tensor[pruned]).any(), key
+        assert not torch.equal(p[~pruned], before[key][~pruned]), key
+
+
+def test_the_trajectory_is_that_of_a_masked_forward() -> None:
+    torch.backends.cudnn.allow_tf32, allowed = False, torch.backends.cudnn.allow_tf32
+    try:
+        model = network().eval()  # BatchNorm in train mode magnifies the order of sums
+        reference = copy.deepcopy(model)
+        masks = random_masks(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-3)
+        attach(model, optimizer, masks)
+        plain = torch.optim.SGD(reference.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-3)
+        on_device = {key: mask.cuda().float() for key, mask in masks.items()}
+        own = dict(reference.named_parameters())
+        for step in range(5):
+            images, labels = batch(step)
+            F.cross_entropy(model(images), labels).backward()
+            masked = {key: p * on_device[key] if key in on_device else p for key, p in own.items()}
+            F.cross_entropy(torch.func.functional_call(reference, masked, (images,)), labels).backward()
+            for one in (optimizer, plain):
+                one.step()
+                one.zero_grad()
+        for key, p in model.named_parameters():
+            expected = own[key] * on_device[key] if key in on_device else own[key]
+            assert float((p - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-7, key
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "snip", "grasp", "synflow", "random", "crop"])
+def test_scoring_agrees_with_the_cpu_and_leaves_the_model_alone(criterion: str) -> None:
+    model = network().to(memory_format=torch.contiguous_format)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    data = [tuple(t.contiguous() for t in batch(number, 50)) for number in range(2)]
+    masks = prune(model, density=0.1, criterion=criterion, batches=data, input_shape=(3, 32, 32))
+    total = sum(p.numel() for p in prunable_parameters(model).values())
+    assert masks.kept == int(0.1 * total + 0.5)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    on_cpu = prune(
+        model.cpu(), density=0.1, criterion=criterion, batches=[(x.cpu(), y.cpu()) for x, y in data],
+        input_shape=(3, 32, 32),
+    )  # fmt: skip
+    assert (masks & on_cpu).kept >= 0.98 * masks.kept
+    if criterion in ("magnitude", "random"):
+        assert masks.digest == on_cpu.digest
+
+
+def digits(tmp_path: Path, *more: str, config: str = "configs/quickstart.yaml") -> list[str]:
+    return [
+        sys.executable, "harness.py", "--config", config, f"--run.root={tmp_path}",
+        "--run.device=cuda", f"--data.betons={tmp_path}/betons", *more,
+    ]  # fmt: skip
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rows(tmp_path: Path) -> list[dict[str, str]]:
+    (table,) = tmp_path.glob("*/levels.csv")
+    return list(csv.DictReader(table.open()))
+
+
+LEVELS = ("--training.epochs=3", "--levels.count=2")
+RUNS = {
+    "device": (*LEVELS, "--data.loader=device"),
+    "torchvision-fp16": (*LEVELS, "--data.loader=torchvision", "--training.precision=float16"),
+    "ffcv-synflow": (*LEVELS, "--data.loader=ffcv", "--pruning.criterion=synflow"),
+    "compile-adamw": (*LEVELS, "--data.loader=device", "--training.compile=true", "--optimizer.name=adamw",
+                      "--optimizer.lr=0.01"),
+    "recipes": (*LEVELS, "--data.loader=device", "--config", "configs/recipe/all.yaml",
+                "--recipe.rescale.iterations=10"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*RUNS, "structured"])
+def test_a_run_is_done_and_verified(tmp_path: Path, name: str) -> None:
+    if name == "structured":
+        words = digits(tmp_path, "--data.loader=device", config="configs/quickstart_scratch.yaml")
+    else:
+        words = digits(tmp_path, *RUNS[name])
+    process = start(words)
+    text = process.communicate(timeout=280)[0]
+    assert process.returncode == 0, text[-3000:]
+    assert float(rows(tmp_path)[-1]["final_test_acc"]) > 20
+    (run,) = (path.parent for path in tmp_path.glob("*/levels.csv"))
+    checked = start([sys.executable, "-m", "utils.reporting", "verify", str(run)])
+    text = checked.communicate(timeout=100)[0]
+    assert checked.returncode == 0, text[-3000:]
+
+
+def test_a_deterministic_run_that_was_stopped_ends_as_one_left_alone(tmp_path: Path) -> None:
+    more = ("--data.loader=device", "--run.deterministic=true", "--training.epochs=20", "--levels.count=2")
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    left = subprocess.run(digits(alone, *more), cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert left.returncode == 0, left.stderr[-3000:]
+    process = subprocess.Popen(digits(stopped, *more), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(stopped.glob("*/level_00/epochs.csv")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    assert not list(stopped.glob("*/level_01/row.json"))
+    again = subprocess.run(digits(stopped, *more), cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stderr[-3000:]
+    (one,), (other,) = (list(place.glob("*/level_01/weights.safetensors")) for place in (alone, stopped))
+    weights, expected = load_weights(other), load_weights(one)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in weights.items())
