@@ -98,7 +98,8 @@ class Table:
         args.out.mkdir(parents=True, exist_ok=True)
         table, text = args.out / f"{self.name}.csv", args.out / f"{self.name}.md"
         atomic.write_text(table, frame.to_csv(index=False, lineterminator="\n"))
-        shown = " ".join([f"python -m benchmarks.{self.name}", *own])
+        told = [word for word in more if not word.startswith("--data.root=")]  # where the images lie changes nothing
+        shown = " ".join([f"python -m benchmarks.{self.name}", *own, *(["--", *told] if told else [])])
         head = f"`{shown}`: {self.what}; {platform.machine()}, {os.cpu_count()} cores, one thread a run"
         lines = "\n".join(self.markdown(frame))
         atomic.write_text(text, f"{head}\n\n{lines}\n")
