@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,15 @@ import torch
 
 from tests.levels_cases import config, row, rows, run
 from utils import files, levels
+from utils.estimate import describe
 from utils.masks import Masks
 from utils.reporting.__main__ import main as report
 from utils.system.console import Console
 from utils.system.distributed import World
 from utils.system.errors import UserError
 from utils.system.rundir import RunDir
+from utils.training.extension import Extension
+from utils.training.trainer import Row, Trainer
 
 SPARSE = {
     "pruning__moment": "init",
@@ -118,6 +123,52 @@ def test_rescaling_happens_where_a_level_starts_from_initial_weights(tmp_path: P
         assert sum(text.startswith("rescaled initial weights") for text in told) == times
 
 
+def test_a_trigger_measures_from_the_rescaled_weights(tmp_path: Path) -> None:
+    keys = {name: value for name, value in ALL.items() if "rescale" in name} | {"recipe__rescale__lr": 0.1}
+    early = {"pruning__moment": "early", "pruning__density": 0.2, "early__latest": "1ep", "early__threshold": 1e-9}
+    directory = run(config(tmp_path, 2, optimizer__lr=1e-9, **early, **keys))
+    assert float(rows(directory.level(0).epochs)[0]["distance"]) < 1e-6  # rescaling itself moves weights by a tenth
+
+
+def test_the_best_epochs_are_among_those_of_the_stock_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted = iter([(90.0, 91.0), (80.0, 81.0), (85.0, 82.0), (84.0, 83.0)])
+
+    def evaluate(self: Trainer, extensions: Sequence[Extension] = ()) -> Row:
+        val, test = next(scripted)
+        return {"val_loss": 1.0, "val_acc": val, "test_loss": 1.0, "test_acc": test, "test_acc_top5": 100.0}
+
+    monkeypatch.setattr(Trainer, "evaluate_all", evaluate)
+    ramps = {"recipe__soft__kind": "mish", "recipe__soft__end": "6it", "recipe__ghost__kind": "identity"}
+    keys = {"data__val": 0.2, "data__subset": 200, "run__keep": "best", "recipe__ghost__end": "5it"}
+    directory = run(config(tmp_path, 4, **SPARSE, **ramps, **keys))
+    kept = row(directory)
+    assert [kept[name] for name in ("max_test_acc", "best_val_test_acc")] == ["83.0", "82.0"]
+    assert files.load_metadata(directory.level(0).best)["epoch"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"ghost__kind": "identity", "ghost__exclude": "foo"}, "recipe.ghost.exclude: 'foo' matches no prunable"),
+        ({"ghost__kind": "1x1", "ghost__exclude": "layer*"}, "recipe.ghost.kind=1x1: the network has no masked conv"),
+        (
+            {"smoothing__schedule": "constant", "smoothing__amount": 0.95, "smoothing__convention": "others"},
+            "recipe.smoothing.amount=0.95: leaves the label's class less",
+        ),
+        ({"rescale__method": "sgd", "rescale__batch_size": 90}, "recipe.rescale.batch_size=90: an iteration needs two"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_dense_level_and_by_the_plan(
+    tmp_path: Path, keys: dict[str, object], text: str
+) -> None:
+    params = config(tmp_path, 1, levels__count=2, **{f"recipe__{name}": value for name, value in keys.items()})
+    with pytest.raises(UserError, match=re.escape(text)):
+        run(params)
+    with pytest.raises(UserError, match=re.escape(text)):
+        describe(params, World())
+    assert not list(tmp_path.iterdir())
+
+
 def test_gradient_norms_of_the_first_steps(everything: RunDir, tmp_path: Path) -> None:
     found = rows(everything.level(0).gradients)
     assert [one["step"] for one in found] == ["0", "1", "2"]
@@ -153,6 +204,37 @@ def test_masks_of_runs(plain: RunDir, everything: RunDir, tmp_path: Path) -> Non
     assert {one["jaccard"] for one in rows(out)} == {"1.0"}  # paired: the same seed draws the same masks
 
 
+def test_damaged_gradient_norms_are_one_line(
+    everything: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = everything.level(0).gradients
+    before, words = (
+        path.read_text(),
+        ["gradients", str(everything.path), "--level", "0", "--out", str(tmp_path / "g.png")],
+    )
+    try:
+        for text, told in (
+            ("", "not what training.gradient_norms writes"),
+            ("step,a\n0,x\n", "not what training.gradient_norms writes"),
+            ("step,a\n", "no gradient in it is above 0"),
+            ("step,a\n0,0.0\n1,nan\n", "no gradient in it is above 0"),
+        ):
+            path.write_text(text)
+            assert report(words) == 2
+            assert told in capsys.readouterr().err
+    finally:
+        path.write_text(before)
+
+
+def test_runs_of_another_network_are_not_connected(
+    plain: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = run(config(tmp_path, 0, model__name="cifar/resnet32", levels__count=1))
+    words = ["connectivity", str(plain.path), str(other.path), "--level", "0", "--out", str(tmp_path / "c.csv")]
+    assert report(words) == 2
+    assert "model.name is cifar/resnet20 in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -162,6 +244,12 @@ def test_masks_of_runs(plain: RunDir, everything: RunDir, tmp_path: Path) -> Non
         (["gradients", "RUN", "--level", "0", "--out", "a.png"], "--training.gradient_norms=STEPS"),
         (["gradients", "RUN", "--level", "0", "--out", "a.txt"], "end the name in .png"),
         (["masks", "nowhere.safetensors", "RUN", "--out", "a.csv"], "nowhere.safetensors: no such file"),
+        (["activations", "RUN", "--level", "0", "--near", "nan", "--out", "a.csv"], "--near=nan: not a size"),
+        (["connectivity", "RUN", "nowhere", "--level", "0", "--out", "a.csv"], "--level names a level that is not fin"),
+        (
+            ["connectivity", "RUN", "RUN", "--level", "0", "--second-level", "7", "--out", "a.csv"],
+            "--second-level names a level that is not finished",
+        ),
     ],
 )
 def test_mistakes_are_one_line(plain: RunDir, words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from utils import data, pruning
 from utils.data.resolve import resolve
-from utils.feasibility import build_model, check_pruning, check_steps
+from utils.feasibility import build_model, check_pruning, check_recipes, check_steps
 from utils.masks import Masks
 from utils.models.pretrained import local_file
 from utils.params import Params
@@ -36,6 +36,7 @@ def describe(params: Params, world: World) -> str:
     if params.structured.budget is not None:
         return _describe_structured(params, plan, network, spec.image_size, per_epoch)
     start = _check(params, plan, network)
+    check_recipes(params, plan, network, start, spec, images)
     weights = sum(p.numel() for p in network.parameters())
     buffers = sum(b.numel() for b in network.buffers())
     prunable = start.total

@@ -14,7 +14,10 @@ from utils.pruning.dynamic import UpdateSteps
 from utils.pruning.harness import with_start
 from utils.rewinding import check_rewind, rewinds_to_step
 from utils.system.errors import UserError
+from utils.training.recipe.ghost import check_ghost
 from utils.training.recipe.ramp import span
+from utils.training.recipe.rescale import count_batches
+from utils.training.recipe.smoothing import check_smoothing
 from utils.training.recipe.soft import check_soft, soften
 from utils.training.schedules import lr_at
 
@@ -76,19 +79,35 @@ def check_pruning(
     harness.check(start, densities, iterative=params.pruning.moment == "levels")
 
 
+def check_recipes(
+    params: Params, plan: list[Level], model: torch.nn.Module, masks: Masks, spec: DataSpec, images: int | None
+) -> None:
+    """Raise UserError for a recipe that `model`, its data or its masks cannot have.
+
+    masks: all the weights that may be pruned; images: training images, None where that is not known yet.
+    """
+    recipe = params.recipe
+    if recipe.smoothing.schedule is not None:
+        check_smoothing(recipe, spec.classes)
+    if recipe.rescale.method is not None and images is not None:
+        count_batches(recipe, images)
+    if recipe.ghost.kind is not None and any(level.density < 1.0 and level.epochs for level in plan):
+        check_ghost(model, recipe, masks, spec.image_size)
+
+
 def check_steps(params: Params, plan: list[Level], steps_per_epoch: int) -> None:
     """Raise UserError for a step that lies outside training, which only the number of steps per epoch shows."""
     for level in plan:
         if level.epochs:
             lr_at(0, params.schedule, params.optimizer.lr, level.epochs * steps_per_epoch, steps_per_epoch)
-    _check_recipes(params, plan, steps_per_epoch)
+    _check_ramps(params, plan, steps_per_epoch)
     check_rewind(params, plan, steps_per_epoch)
     _check_within(params, plan, steps_per_epoch)
     if params.levels.finetune_lr is None and not plan[0].epochs and any(p.rewind == "none" and p.epochs for p in plan):
         raise UserError("levels.finetune_lr: level 0 trains 0 epochs and has no last learning rate; set one")
 
 
-def _check_recipes(params: Params, plan: list[Level], steps_per_epoch: int) -> None:
+def _check_ramps(params: Params, plan: list[Level], steps_per_epoch: int) -> None:
     """Ramps must lie within the shortest level that trains."""
     recipe, totals = params.recipe, [level.epochs * steps_per_epoch for level in plan if level.epochs]
     ramps = []

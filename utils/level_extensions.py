@@ -18,7 +18,7 @@ from utils.training.extension import Extension
 from utils.training.gradient_norms import GradientNorms
 from utils.training.recipe import stock
 from utils.training.recipe.ghost import GhostSkips
-from utils.training.recipe.rescale import RescaledInitialisation
+from utils.training.recipe.rescale import rescale_initial
 from utils.training.recipe.smoothing import LabelSmoothing
 from utils.training.recipe.soft import SoftActivations
 from utils.training.schedules import lr_at
@@ -54,13 +54,16 @@ def assemble(
     masks_of: LevelMasks,
     masks: Masks,
     optimizer: torch.optim.Optimizer,
+    fresh: bool,
 ) -> LevelExtensions:
     """The extensions a config asks for. `stage` is the level's training, which an early pruning may prolong.
 
-    masks: those training begins with, already attached, with the weights of that moment in the model.
+    masks: those training begins with, already attached, with the weights of that moment in the model. fresh: no stored
+    state takes their place.
     """
     found = LevelExtensions()
     found.all += _recipes(params, level, stage, trainer, masks, optimizer)
+    _rescale(params, level, stage, trainer, masks, fresh)  # before any other extension looks at the weights
     if params.training.gradient_norms:
         out = masks_of.run.level(level.number).gradients if trainer.world.main else None
         steps = params.training.gradient_norms
@@ -87,17 +90,25 @@ def _recipes(
         return found
     if recipe.soft.kind is not None and not recipe.soft.keep:
         found.append(SoftActivations(trainer.model, recipe, total, per_epoch, start))
-    if recipe.ghost.kind is not None and level.density < 1.0:
+    if recipe.ghost.kind is not None and level.density == 1.0:
+        trainer.console.line("ghost skips: none, for nothing is masked in this level")
+    elif recipe.ghost.kind is not None:
         place = {"side": trainer.loaders.spec.image_size, "seed": params.run.seed, "level": level.number}
         ghost = GhostSkips(trainer.model, recipe, masks, optimizer, total, per_epoch, **place, start=start)
         trainer.console.line(f"ghost skips: {len(ghost.sites)}, with {ghost.parameters:,} weights of their own")
         found.append(ghost)
     if recipe.smoothing.schedule is not None:
         found.append(LabelSmoothing(trainer.task, recipe, total, per_epoch, start))
-    if recipe.rescale.method is not None and (level.source is None or level.rewind == "imp"):
-        loss, tell = trainer.task.scoring_loss, trainer.console.line
-        found.append(RescaledInitialisation(trainer.model, recipe, masks, trainer.loaders, loss, start, tell))
     return found
+
+
+def _rescale(params: Params, level: Level, stage: Stage, trainer: Trainer, masks: Masks, fresh: bool) -> None:
+    """Rescale the weights of a level that starts from initial ones; a checkpoint holds rescaled ones."""
+    initial = level.source is None or level.rewind == "imp"
+    if params.recipe.rescale.method is not None and initial and level.epochs and fresh:
+        rescale_initial(
+            trainer.model, params.recipe, masks, trainer.loaders, trainer.task.scoring_loss, trainer.console.line
+        )
 
 
 def _dynamic(

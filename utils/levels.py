@@ -17,7 +17,7 @@ import torch
 from utils import data, files, reporting
 from utils.data.order import Shard
 from utils.data.spec import DataSpec
-from utils.feasibility import build_model, check_pruning, check_steps
+from utils.feasibility import build_model, check_pruning, check_recipes, check_steps
 from utils.level_extensions import LevelExtensions, assemble
 from utils.level_masks import LevelMasks, changes_masks, source_of
 from utils.masks import Masks
@@ -98,6 +98,7 @@ class Driver:
             self.rewinding = Rewinding(params, self.trainer, run_dir(params))
             check_steps(params, self.plan, self.trainer.steps_per_epoch)
             check_pruning(self.masks.harness, params, self.plan, self.model, self.masks.start, self.masks.starter)
+            check_recipes(params, self.plan, self.model, self.masks.start, spec, self.loaders.train.samples)
             self.record = Record(params, self.loaders, self.trainer.dtype, world, device)
         except BaseException:
             self.loaders.close()
@@ -183,7 +184,7 @@ class Driver:
         self.sparsity.set(masks)
         self._agree(f"level {level.number} start")
         stage = Stage(level.number, level.epochs, self._rate(level), start, self.rewinding.marks(level, optimizer))
-        extensions = assemble(self.params, level, stage, self.trainer, self.masks, masks, optimizer)
+        extensions = assemble(self.params, level, stage, self.trainer, self.masks, masks, optimizer, found is None)
         if found:
             self.masks.load_notes(found.notes["masks"])
         keeper.notes = lambda: {

@@ -31,6 +31,7 @@ from utils.system.distributed import World, from_main
 from utils.system.errors import UserError
 from utils.system.json_file import read_json
 from utils.system.rundir import RunDir, planted_links
+from utils.training.progress import of_stock_network
 
 Row = dict[str, Any]
 
@@ -257,8 +258,11 @@ def _cells(row: Row) -> Row:
 
 
 def _accuracies(rows: list[Row], final: Row) -> Row:
-    """The accuracy columns: of the last epoch, of the best test epoch, and of the epoch with the best val accuracy."""
-    evaluated = [row for row in rows if "test_acc" in row]
+    """The accuracy columns: of the last epoch, of the best test epoch, and of the epoch with the best val accuracy.
+
+    The best are among the epochs whose network was the stock one: weights of another are not what the files hold.
+    """
+    evaluated = [row for row in rows if "test_acc" in row and of_stock_network(row)]
     validated = [row for row in evaluated if row["val_acc"] is not None]
     best = max(validated, key=lambda row: row["val_acc"], default=None)
     return {

@@ -40,11 +40,21 @@ def test_files_and_the_levels_of_a_run(tmp_path: Path) -> None:
     assert plot_masks(mask_rows(found), tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    for parent, masks in (("one", "x"), ("two", "y")):
+        folder = tmp_path / parent / "run" / "level_00"
+        folder.mkdir(parents=True)
+        MASKS[masks].save(folder / "mask.safetensors")
+    found = read_masks([tmp_path / "one" / "run", tmp_path / "two" / "run"])
+    assert list(found) == [f"{tmp_path / parent / 'run'} level 0" for parent in ("one", "two")]
+    assert found[f"{tmp_path}/two/run level 0"] == MASKS["y"]
+
+
 def test_refusals(tmp_path: Path) -> None:
     MASKS["x"].save(tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="one mask alone"):
         read_masks([tmp_path / "m.safetensors"])
     with pytest.raises(UserError, match="no masks in it"):
         read_masks([tmp_path])
-    with pytest.raises(UserError, match="is in one of the masks only"):
+    with pytest.raises(UserError, match=r"x and other: .* is in one of the masks only"):
         mask_rows({"x": MASKS["x"], "other": Masks({"a": torch.ones(4, dtype=torch.bool)})})

@@ -18,7 +18,7 @@ from utils.system import distributed
 from utils.system.console import Console
 from utils.training.optimizers import build_optimizer
 from utils.training.recipe.ghost import GhostSkips
-from utils.training.recipe.rescale import RescaledInitialisation
+from utils.training.recipe.rescale import rescale_initial
 from utils.training.recipe.smoothing import LabelSmoothing
 from utils.training.recipe.soft import SoftActivations
 from utils.training.trainer import Stage, Trainer
@@ -69,17 +69,16 @@ def train(world: distributed.World) -> dict:
         model, recipe, masks, optimizer, per_epoch, per_epoch, side=loaders.spec.image_size, seed=0, level=0
     )
     smoothing = LabelSmoothing(task, recipe, per_epoch, per_epoch)
-    rescaled = RescaledInitialisation(model, recipe, masks, loaders, task.scoring_loss, 0, console.line)
+    rescaled = rescale_initial(model, recipe, masks, loaders, task.scoring_loss, console.line)
     begin = {name: weight.detach().clone() for name, weight in ghost.weights.items()}
-    trainer.fit(Stage(0, 1, lambda step: 0.05), optimizer, held, [soft, ghost, smoothing, rescaled])
+    trainer.fit(Stage(0, 1, lambda step: 0.05), optimizer, held, [soft, ghost, smoothing])
     loaders.close()
-    assert rescaled.report is not None
     return {
         "losses": task.losses,
         "weights": files.digest(files.state_of(model)),
         "ghosts": files.digest({name: weight.detach() for name, weight in ghost.weights.items()}),
         "moved": min(float((weight.detach() - begin[name]).abs().max()) for name, weight in ghost.weights.items()),
-        "scales": rescaled.report.scales,
+        "scales": rescaled.scales,
         "violations": held.violations(),
     }
 

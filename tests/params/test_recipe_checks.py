@@ -29,6 +29,11 @@ RULES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"recipe.soft.keep": "false"},
     ),
     (
+        {"recipe.rescale.method": "sgd", "model.pretrained": "x.safetensors"},
+        "recipe.rescale.method=sgd: rescales initial weights",
+        {"model.pretrained": ""},
+    ),
+    (
         {"recipe.soft.kind": "swish", "recipe.soft.beta": 30},
         "recipe.soft.beta_end=20: must lie above recipe.soft.beta=30",
         {"recipe.soft.beta_end": 40},

@@ -6,17 +6,21 @@ import argparse
 import csv
 import io
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
 from utils import files
 from utils.analysis import activations, connectivity, mask_maps
-from utils.analysis.level import OpenLevel, open_level
+from utils.analysis.level import OpenLevel, finished_weights, open_level, params_of
 from utils.data.protocol import Loader
+from utils.params import Params
+from utils.params.catalog import keys
 from utils.system import atomic
 from utils.system.errors import UserError
 from utils.system.rundir import RunDir
@@ -35,6 +39,8 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _activations(args: argparse.Namespace) -> str:
+    if not 0.0 <= args.near < math.inf:
+        raise UserError(f"--near={args.near:g}: not a size; give a number from 0 up")
     with open_level(args.run, args.level) as level:
         rows = activations.activation_rows(level.model, level.images(args.split), args.near)
     _write(args.out, activations.COLUMNS, rows)
@@ -49,8 +55,9 @@ def _masks(args: argparse.Namespace) -> str:
 
 def _connectivity(args: argparse.Namespace) -> str:
     second = args.level if args.second_level is None else args.second_level
-    weights = RunDir(Path(args.runs[1])).level(second).weights
+    weights = finished_weights(args.runs[1], second, "--second-level" if args.second_level is not None else "--level")
     with open_level(args.runs[0], args.level) as level:
+        _check_alike(level.params, params_of(args.runs[1]), args.runs)
         task = ImageClassification(level.loaders.spec.classes)
         a = {name: value.clone() for name, value in files.state_of(level.model).items()}
         b = {name: value.to(level.device) for name, value in files.load_weights(weights).items()}
@@ -71,6 +78,17 @@ def _connectivity(args: argparse.Namespace) -> str:
     return f"{_wrote(args.out, connectivity.plot_connectivity(rows, _image(args.out)))}; error barrier {barred:.2f}"
 
 
+def _check_alike(one: Params, other: Params, runs: Sequence[str]) -> None:
+    """Raise UserError where the two networks do not compute the same function of their weights, or see other images."""
+    for name in ("model.name", "data.name", "data.image_size", "recipe.soft.keep"):
+        values = [keys()[name].of(params) for params in (one, other)]
+        if values[0] != values[1]:
+            raise UserError(
+                f"connectivity: {name} is {values[0]} in {runs[0]} and {values[1]} in {runs[1]}; compare runs of one "
+                "network and data set"
+            )
+
+
 def _first(level: OpenLevel, count: int) -> Iterator[Batch]:
     """The first `count` training batches, or as many as there are."""
     if count < 1:
@@ -86,10 +104,16 @@ def _gradients(args: argparse.Namespace) -> str:
         raise UserError(f"{path}: missing; train the level with --training.gradient_norms=STEPS")
     from matplotlib.figure import Figure
 
-    frame = pd.read_csv(path, index_col="step")
+    try:
+        frame = pd.read_csv(path, index_col="step").astype(float)
+        above = frame[np.isfinite(frame) & (frame > 0)]
+    except (ValueError, UnicodeDecodeError):  # pandas' parser errors are ValueErrors too
+        raise UserError(f"{path}: not what training.gradient_norms writes; run the level again") from None
+    if above.isna().all(axis=None):
+        raise UserError(f"{path}: no gradient in it is above 0, so there is nothing to plot")
     figure = Figure(figsize=(6.4, 2.5 + 0.15 * len(frame.columns)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    positive = frame.T.clip(lower=frame[frame > 0].min().min())
+    positive = frame.T.clip(lower=above.min().min(), upper=above.max().max())
     image = axes.imshow(positive, aspect="auto", norm="log")
     axes.set_yticks(range(len(frame.columns)), list(frame.columns), fontsize="x-small")
     axes.set_xlabel("step")

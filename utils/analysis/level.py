@@ -45,16 +45,27 @@ class OpenLevel:
         return found
 
 
+def params_of(run: str | Path) -> Params:
+    """The parameters of the run in folder `run`. Raises UserError where there is none."""
+    config = RunDir(Path(run)).config
+    if not config.is_file():
+        raise UserError(f"{run}: not a run directory (no config.yaml in it)")
+    return build(read_yaml(config))
+
+
+def finished_weights(run: str | Path, number: int, key: str = "--level") -> Path:
+    """Path of a finished level's weights. Raises UserError naming `key` for one that is not finished."""
+    path = RunDir(Path(run)).level(number).weights
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {key} names a level that is not finished")
+    return path
+
+
 @contextlib.contextmanager
 def open_level(run: str | Path, number: int) -> Iterator[OpenLevel]:
     """Level `number` of the run in folder `run`. Raises UserError for a level that is not finished."""
-    place = RunDir(Path(run))
-    if not place.config.is_file():
-        raise UserError(f"{run}: not a run directory (no config.yaml in it)")
-    params = build(read_yaml(place.config))
-    weights = place.level(number).weights
-    if not weights.is_file():
-        raise UserError(f"{weights}: missing; --level names a level that is not finished")
+    params = params_of(run)
+    weights = finished_weights(run, number)
     data.prepare(params)
     device = choose_device(params.run.device, World())
     shard = Shard(batch_size=params.training.batch_size, accumulation=params.training.accumulation)

@@ -17,12 +17,19 @@ COLUMNS = ("a", "b", "parameter", "weights", "kept_a", "kept_b", "both", "jaccar
 
 
 def read_masks(places: Sequence[str | Path]) -> dict[str, Masks]:
-    """Masks by label: a mask file, or a run directory with a mask per finished level. UserError for fewer than two."""
+    """Masks by label: a mask file, or a run directory with a mask per finished level. UserError for fewer than two.
+
+    A run's label is its directory's name; its whole path where another has that name.
+    """
     found: dict[str, Masks] = {}
+    named: dict[str, set[Path]] = {}
+    for place in map(Path, places):
+        named.setdefault(place.name, set()).add(place)
     for place in map(Path, places):
         if place.is_dir():
             run = RunDir(place)
-            files = [(f"{place.name} level {n}", run.level(n).mask) for n in run.levels() if run.level(n).mask.exists()]
+            name = place.name if len(named[place.name]) == 1 else str(place)
+            files = [(f"{name} level {n}", run.level(n).mask) for n in run.levels() if run.level(n).mask.exists()]
             if not files:
                 raise UserError(f"{place}: no masks in it; name a run directory or mask files")
         else:
@@ -37,7 +44,10 @@ def mask_rows(masks: dict[str, Masks]) -> list[dict[str, Any]]:
     """A row per pair and parameter, and one per pair called `total`. Raises UserError for masks of different models."""
     rows = []
     for (a, one), (b, other) in itertools.combinations(masks.items(), 2):
-        layers = compare(one, other)
+        try:
+            layers = compare(one, other)
+        except UserError as error:
+            raise UserError(f"{a} and {b}: {error}") from None
         rows += [_row(a, b, layer) for layer in [*layers, total(layers)]]
     return rows
 

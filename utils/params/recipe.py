@@ -65,7 +65,7 @@ class Rescale:
     eta: float = param(0.1, "learning rate of the step looked ahead", above=0.0)
     gamma: float | None = param(None, "bound of the gradient's norm (adam: 1-norm)", above=0.0, empty="none")
     normalize_grad: bool = param(False, "sgd: look ahead along the gradient divided by its norm")
-    min_scale: float = param(0.01, "lower bound of a weight's scale (biases: 0)", low=0.0)
+    min_scale: float = param(0.01, "lower bound of a weight's scale (biases: 0)", low=0.0, high=1.0)
     clip: float | None = param(1.0, "bound of a scale's gradient either side", above=0.0, empty="none")
     overlap: bool = param(True, "the loss after the step sees half of the images the step was made on")
     batch_size: int = param(128, "images per batch; an iteration reads two or three", low=1)

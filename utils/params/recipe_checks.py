@@ -42,6 +42,8 @@ def problems(params: Params) -> Iterator[str]:
         yield f"recipe.soft.beta_end={soft.beta_end:g}: must lie above recipe.soft.beta={soft.beta:g}; raise it"
     if smoothing.schedule is not None and params.training.label_smoothing:
         yield f"{given('training.label_smoothing', params)}: contradicts recipe.smoothing; drop one of them"
+    if recipe.rescale.method is not None and params.model.pretrained:
+        yield f"{given('recipe.rescale.method', params)}: rescales initial weights; drop it or model.pretrained"
     for name, section in (("soft", soft), ("ghost", recipe.ghost), ("smoothing", smoothing)):
         yield from _order(f"recipe.{name}", section.hold, section.end)
 

@@ -27,7 +27,7 @@ from utils.system.errors import UserError
 from utils.system.rundir import LevelDir
 from utils.training.averaging import ExponentialAverage
 from utils.training.optimizers import load_optimizer_state, optimizer_state
-from utils.training.progress import Keeper, Live, Progress
+from utils.training.progress import Keeper, Live, Progress, of_stock_network
 from utils.training.snapshot import PROGRESS, Snapshot, read, write
 
 
@@ -271,8 +271,8 @@ def _copy_buffer(buffers: Mapping[str, Tensor], name: str, value: Tensor, path: 
 
 
 def _is_best(rows: list[dict[str, Any]]) -> bool:
-    """Whether the last epoch is the first with the best validation accuracy."""
-    scores = [row.get("val_acc") for row in rows]
+    """Whether the last epoch is the first with the best validation accuracy of the stock network."""
+    scores = [row.get("val_acc") if of_stock_network(row) else None for row in rows]
     own = scores[-1] if scores else None
     return own is not None and all(score is None or score < own for score in scores[:-1])
 

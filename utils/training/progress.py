@@ -66,6 +66,11 @@ class Progress:
         self.images, self.seconds, self.waited = 0, 0.0, 0.0
 
 
+def of_stock_network(row: Row) -> bool:
+    """Whether the epoch of this row was evaluated with the stock network, not one a recipe had changed."""
+    return row.get("soft") is None and row.get("ghost") is None
+
+
 @dataclass
 class Live:
     """Everything that changes while a stage trains, apart from the model itself."""

@@ -12,7 +12,7 @@ from utils.tasks.classification import ImageClassification
 from utils.training.extension import Extension
 from utils.training.optimizers import load_optimizer_state, optimizer_state
 from utils.training.recipe.ghost import GhostSkips
-from utils.training.recipe.rescale import RescaledInitialisation
+from utils.training.recipe.rescale import rescale_initial
 from utils.training.recipe.smoothing import LabelSmoothing
 from utils.training.recipe.soft import SoftActivations
 
@@ -53,8 +53,8 @@ class Level:
             SoftActivations(self.model, section, TOTAL, 5),
             GhostSkips(self.model, section, masks, self.optimizer, TOTAL, 5, **ghost),
             LabelSmoothing(self.task, section, TOTAL, 5),
-            RescaledInitialisation(self.model, section, masks, loaders, loss, 0, print),  # type: ignore[arg-type]
         ]
+        rescale_initial(self.model, section, masks, loaders, loss)  # type: ignore[arg-type]
 
     def train(self, steps: range) -> list[float]:
         def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

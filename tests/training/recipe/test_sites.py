@@ -32,6 +32,12 @@ def test_bottlenecks_keep_their_1x1_convolutions_and_lose_their_shortcuts() -> N
     assert not [name for name in found if "downsample" in name]
 
 
+def test_a_shortcut_behind_a_pooling_is_one_too() -> None:
+    found = sites("timm/resnet26d", 64)
+    assert len([name for name in found if ".conv" in name]) == 3 * 8  # the stem's are conv1.0, conv1.3 and conv1.6
+    assert not [name for name in found if "downsample" in name]
+
+
 def test_a_plain_network() -> None:
     found = sites("cifar/vgg16_bn")
     assert len(found) == 12  # all but the one that reads the image

@@ -147,9 +147,7 @@ class GhostSkips(Inserted):
         ghost = section.ghost
         hold, self.end = span("recipe.ghost", ghost.hold, ghost.end, total, steps_per_epoch)
         self.ramp = Ramp(ghost.alpha, 0.0, hold, self.end, ghost.shape, _DECAY)
-        self.sites = find_sites(model, _included(masks, ghost.exclude), side)
-        if not self.sites:
-            raise UserError("recipe.ghost: the network has no masked convolution to bridge; drop recipe.ghost.kind")
+        self.sites = _sites(model, section, masks, side)
         first = self.sites[0].conv.weight
         self._alpha = torch.tensor(0.0, device=first.device)
         self._optimizer = optimizer
@@ -251,6 +249,19 @@ class GhostSkips(Inserted):
             self.close()
         elif not self._over:
             self._alpha.fill_(self.ramp.at(step))
+
+
+def check_ghost(model: nn.Module, section: params.Recipe, masks: Masks, side: int) -> None:
+    """Raise UserError when there is nothing to bridge in `model`, or when `exclude` names nothing; see GhostSkips."""
+    _sites(model, section, masks, side)
+
+
+def _sites(model: nn.Module, section: params.Recipe, masks: Masks, side: int) -> list[Site]:
+    sites = find_sites(model, _included(masks, section.ghost.exclude), side)
+    if not sites:
+        kind = section.ghost.kind
+        raise UserError(f"recipe.ghost.kind={kind}: the network has no masked convolution to bridge; drop it")
+    return sites
 
 
 def _included(masks: Masks, exclude: tuple[str, ...]) -> list[str]:

@@ -32,7 +32,6 @@ from utils.system.distributed import broadcast
 from utils.system.errors import UserError
 from utils.tasks import Batch
 from utils.training.double_backward import math_attention
-from utils.training.extension import Extension
 
 Loss = Callable[[Any, Batch], Tensor]
 
@@ -235,45 +234,40 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class RescaledInitialisation(Extension):
-    """Rescales before the first step of a level that starts from initial weights; nothing is in its state."""
+def rescale_initial(
+    model: nn.Module,
+    section: params.Recipe,
+    masks: Masks,
+    loaders: Loaders,
+    loss: Loss,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Rescaled:
+    """What `recipe.rescale` asks for, on training images, before whatever else looks at a level's first weights.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        section: params.Recipe,
-        masks: Masks,
-        loaders: Loaders,
-        loss: Loss,
-        start: int,
-        tell: Callable[[str], None],
-    ) -> None:
-        """start: the level's first step. Raises UserError when there are too few images."""
-        self._model, self._section, self._masks = model, section.rescale, masks
-        self._loaders, self._loss, self._start, self._tell = loaders, loss, start, tell
-        size = self._section.batch_size
-        self._batches = min(self._section.batches, loaders.train.samples // size)
-        if self._batches < 2:
-            raise UserError(
-                f"recipe.rescale.batch_size={size}: an iteration needs two batches of the {loaders.train.samples} "
-                "training images; lower it"
-            )
-        self.report: Rescaled | None = None
+    tell: gets a line that says how far the gradient's norm came. Call it on all ranks. Raises UserError when there are
+    too few images.
+    """
+    options = {f.name: getattr(section.rescale, f.name) for f in dataclasses.fields(section.rescale)}
+    size, batches = options.pop("batch_size"), options.pop("batches")
+    batches = min(batches, count_batches(section, loaders.train.samples))
+    scoring = loaders.scoring(per_class=None, batches=batches, batch_size=size, rank=0, ranks=1)
+    with contextlib.closing(scoring):
+        report = rescale(model, masks, scoring, loss, **options)
+    bound = options["gamma"]
+    over = "" if bound is None or report.norm <= 1.1 * bound else f", above gamma {bound:g}"
+    tell(f"rescaled initial weights: gradient norm {report.norms[0]:.3g} to {report.norm:.3g}{over}")
+    return report
 
-    def before_step(self, step: int) -> None:
-        """At the first step: find the scales and fold them into the weights."""
-        if step != self._start or self.report is not None:
-            return
-        options = {f.name: getattr(self._section, f.name) for f in dataclasses.fields(self._section)}
-        size = options.pop("batch_size")
-        del options["batches"]
-        scoring = self._loaders.scoring(per_class=None, batches=self._batches, batch_size=size, rank=0, ranks=1)
-        with contextlib.closing(scoring):
-            self.report = rescale(self._model, self._masks, scoring, self._loss, **options)
-        bound = options["gamma"]
-        over = "" if bound is None or self.report.norm <= 1.1 * bound else f", above gamma {bound:g}"
-        first, last = self.report.norms[0], self.report.norm
-        self._tell(f"rescaled initial weights: gradient norm {first:.3g} to {last:.3g}{over}")
+
+def count_batches(section: params.Recipe, images: int) -> int:
+    """Whole batches of `recipe.rescale.batch_size` in so many images. Raises UserError for fewer than two."""
+    size = section.rescale.batch_size
+    if images // size < 2:
+        raise UserError(
+            f"recipe.rescale.batch_size={size}: an iteration needs two batches of the {images} training images; "
+            "lower it"
+        )
+    return images // size
 
 
 def _joined(first: Batch, second: Batch) -> Batch:

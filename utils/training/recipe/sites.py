@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from utils.masks import bare
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+_POOLS = (nn.AvgPool2d, nn.MaxPool2d)
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def find_sites(model: nn.Module, names: Iterable[str], side: int) -> list[Site]:
 
     The skip goes from the convolution's input to the output of the norm behind it (before an activation that the norm
     holds), or to the convolution's own output. Left out are convolutions that read the image, shortcuts (1x1, reading
-    what another convolution reads, their result read by no module), those on single pixels (squeeze and excitation),
-    and those that run more than once. The model, its buffers and random states stay as they are.
+    what another convolution reads or a pooling of it, their result read by no module), those on single pixels (squeeze
+    and excitation), and those that run more than once. The model, its buffers and random states stay as they are.
     """
     network = bare(model)
     wanted, named = set(names), {id(m): name for name, m in network.named_modules()}
@@ -60,7 +61,8 @@ def find_sites(model: nn.Module, names: Iterable[str], side: int) -> list[Site]:
     times: dict[int, int] = {}
     for call in trace.calls:
         times[id(call.module)] = times.get(id(call.module), 0) + 1
-    read = [call.inputs[0] for call in runs]
+    pooled = {c.output: c.inputs[0] for c in trace.calls if isinstance(c.module, _POOLS)}
+    read = [pooled.get(call.inputs[0], call.inputs[0]) for call in runs]
     sites = []
     for call in runs:
         conv = call.module
@@ -73,7 +75,7 @@ def find_sites(model: nn.Module, names: Iterable[str], side: int) -> list[Site]:
             norm = None
         result = call.output if norm is None else norm.output
         single = conv.kernel_size == (1, 1)
-        if single and read.count(call.inputs[0]) > 1 and not trace.readers.get(result):
+        if single and read.count(pooled.get(call.inputs[0], call.inputs[0])) > 1 and not trace.readers.get(result):
             continue
         if single and _pixels(trace, call.output) == 1:
             continue

@@ -28,6 +28,14 @@ def as_torch(amount: float, convention: str, classes: int) -> float:
     return share
 
 
+def check_smoothing(section: params.Recipe, classes: int) -> None:
+    """Raise UserError for an amount that is too large for so many classes."""
+    smoothing = section.smoothing
+    as_torch(smoothing.amount, smoothing.convention, classes)
+    if smoothing.schedule != "constant":
+        as_torch(smoothing.final, smoothing.convention, classes)
+
+
 class LabelSmoothing(Extension):
     """Sets the task's label smoothing before every step."""
 
