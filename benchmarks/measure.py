@@ -131,8 +131,8 @@ class Row:
 
 
 def cheaper(measurement: str, arm: str, peer: str, pairs: Pairs, target: str = "", unit: str = "s") -> Row:
-    """A row whose ratio is the arm's cost over the peer's; `unit` is "s" or "ms", of one run."""
-    scale = {"s": 1.0, "ms": 1e3}[unit]
+    """A row whose ratio is the arm's cost over the peer's; `unit` is "s" or "ms", of one run, or "MB" of bytes."""
+    scale = {"s": 1.0, "ms": 1e3, "MB": 1e-6}[unit]
     values = statistics.median(pairs.arm) * scale, statistics.median(pairs.peer) * scale
     return _row(measurement, arm, peer, pairs.costs, target, values, unit)
 

@@ -85,15 +85,22 @@ class PackedReduction:
         """The bucket averaged over all ranks, in its own buffer."""
         buffer = bucket.buffer()
         plan = self._plan(bucket, buffer)
-        packed = buffer if plan.index is None else torch.index_select(buffer, 0, plan.index, out=plan.packed)
+        index = plan.index
+        packed = buffer if index is None else torch.index_select(buffer, 0, index, out=plan.packed)
         # Divided before the sum, and by multiplication, as DDP does without a hook.
         packed.mul_(1.0 / self._ranks)
         self.sent += packed.numel()
+        # A CPU clears the bucket while the link is busy. A GPU has to before: unpacking there waits for the sum alone.
+        early = index is not None and buffer.is_cuda
+        if early:
+            buffer.zero_()
         work: Any = dist.all_reduce(packed, async_op=True)
+        if index is not None and not early:
+            buffer.zero_()
 
         def unpack(done: torch.futures.Future[Any]) -> Tensor:
             done.value()  # raises what went wrong
-            return buffer if plan.index is None else buffer.zero_().index_copy_(0, plan.index, packed)
+            return buffer if index is None else buffer.index_copy_(0, index, packed)
 
         future: torch.futures.Future[Tensor] = work.get_future().then(unpack)
         return future
