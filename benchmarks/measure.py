@@ -201,8 +201,12 @@ class Report:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a markdown table."""
     head = ("measurement", "arm", "peer", "ratio", "target", "met", "arm's figure", "peer's figure")
-    lines = [_line(head), _line(["---"] * len(head))]
-    return "\n".join(lines + [_line(_cells(row)) for row in rows])
+    return table_of(head, map(_cells, rows))
+
+
+def table_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells as a markdown table."""
+    return "\n".join(_line(cells) for cells in (head, ["---"] * len(head), *rows))
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,0 +1,132 @@
+"""The two ranks of `benchmarks.scaling`: the same training step dense, in masks, and as the published harness masks.
+
+Answers `check` with what is wrong after some steps, and `step ARM COUNT` with the seconds of so many steps.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks import processes
+from utils import files, models, params, sparsity
+from utils.masks import Masks, prunable_parameters
+from utils.system import distributed
+from utils.training import precision
+from utils.training.optimizers import build_optimizer
+from utils.training.parallel import to_channels_last, warm, wrap
+
+CPU = torch.device("cpu")
+DENSITY = 0.1
+CLASSES, SIDE = 10, 32
+
+
+def masks_of(network: nn.Module) -> Masks:
+    """Random masks, those of every rank and arm."""
+    generator = torch.Generator().manual_seed(7)
+    prunable = prunable_parameters(network).items()
+    return Masks({n: torch.rand(p.shape, generator=generator) < DENSITY for n, p in prunable})
+
+
+def multiply_masks(network: nn.Module, masks: Masks) -> None:
+    """The published harness's way: every layer has its mask as a float32 buffer, and its forward pass multiplies."""
+    layers = dict(network.named_modules())
+    for name in masks:
+        layer: Any = layers[name.rpartition(".")[0]]
+        mask = masks[name].to(torch.float32)
+        layer.register_buffer("mask", torch.empty_like(layer.weight).copy_(mask))
+        layer.forward = _multiplied(layer)
+
+
+def _multiplied(layer: Any) -> Any:
+    if isinstance(layer, nn.Conv2d):
+        return lambda x: layer._conv_forward(x, layer.weight * layer.mask, layer.bias)
+    return lambda x: functional.linear(x, layer.weight * layer.mask, layer.bias)
+
+
+class Arm:
+    """One way to train: `dense` (the same weights are zero, none is masked), `masked` or `published`."""
+
+    def __init__(self, name: str, model: str, batch: int, place: distributed.World) -> None:
+        self.network = models.build(model, CLASSES, image_size=SIDE)
+        to_channels_last(self.network)
+        masks = masks_of(self.network)
+        masks.apply_(self.network)
+        self.rank, self.batch = place.rank, batch
+        if name == "published":
+            multiply_masks(self.network, masks)
+            self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(self.network)
+        else:
+            self.wrapped = wrap(self.network, params.Distributed(), CPU)
+        warm(self.wrapped, self.network, lambda wrapped: wrapped(self.images(2)).sum().backward(), place)
+        self.optimizer = build_optimizer(self.network, params.Optimizer(lr=0.05), CPU)
+        self.held = sparsity.attach(self.network, self.optimizer, masks) if name == "masked" else None
+
+    def images(self, count: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.rank)
+        found = torch.randn(count, 3, SIDE, SIDE, generator=generator)
+        return found.contiguous(memory_format=torch.channels_last)
+
+    def train(self, steps: int, lr: float) -> float:
+        """Seconds of `steps` training steps, begun by both ranks together."""
+        images = self.images(self.batch)
+        labels = torch.arange(self.batch) % CLASSES
+        self.optimizer.param_groups[0]["lr"] = lr
+        dist.barrier()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            with precision.autocast(CPU, torch.bfloat16):
+                loss = functional.cross_entropy(self.wrapped(images).float(), labels)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - begin
+
+    def digests(self) -> int:
+        """Different digests of the weights among the ranks, beyond one."""
+        weights = {name: p.detach() for name, p in self.network.named_parameters()}
+        return len(set(distributed.gather(files.digest(weights)))) - 1
+
+
+def check(arms: dict[str, Arm]) -> tuple[float, ...]:
+    """Digests beyond one (masked, published), violations, and how far both kinds of masking lie apart after 3 steps."""
+    for name in ("masked", "published"):
+        arms[name].train(3, 0.05)
+    held = arms["masked"].held
+    assert held is not None
+    ours, theirs = (dict(arms[name].network.named_parameters()) for name in ("masked", "published"))
+    apart = max(float((ours[n][mask] - theirs[n][mask]).abs().max()) for n, mask in held.masks.items())
+    return arms["masked"].digests(), arms["published"].digests(), len(held.violations()), apart
+
+
+def mask_bytes(arms: dict[str, Arm]) -> float:
+    """What the masks weigh as float32."""
+    held = arms["masked"].held
+    assert held is not None
+    return 4.0 * held.masks.total
+
+
+def main(model: str, batch: int) -> None:
+    """Answer until the input ends. Weights move in `check` alone, so that all arms stay equally sparse."""
+    place = distributed.world()
+    distributed.start(place, CPU)
+    arms = {name: Arm(name, model, batch, place) for name in ("dense", "masked", "published")}
+
+    def reply(words: list[str]) -> tuple[float, ...]:
+        if words[0] == "check":
+            return (*check(arms), mask_bytes(arms))
+        return (arms[words[1]].train(int(words[2]), 0.0),)
+
+    processes.serve(reply)
+    arms.clear()  # DDP goes before its group does
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
