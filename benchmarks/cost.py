@@ -129,7 +129,7 @@ def geometric(levels: int, rate: float = 0.2) -> list[float]:
 # Presets ----------------------------------------------------------------------------------------------------------
 
 SOURCES = {
-    "train_rate": "published: FFCV's ResNet-18 on one A100, 160 to 192 pixels (10,000); timm's ResNet-50 on one A100 at "
+    "train_rate": "published: FFCV's ResNet-18 on one A100, 160 to 192 pixels (10,000); timm's ResNet-50 on an A100 at "
     "224 pixels, and FFCV's at 192 pixels per GPU of eight (2,600)",
     "eval_rate": "estimated: three times the training rate, a forward pass being a third of a step",
     "launch": "estimated: eager kernel launches of a step",

@@ -81,7 +81,7 @@ class Ranks:
         self, module: str, *words: str, prefixes: Sequence[Sequence[str]], address: str, interfaces: Sequence[str]
     ) -> None:
         """prefixes: go before each rank's command; address: of rank 0; interfaces: each rank's, for gloo."""
-        self._ranks: list[Process] = []
+        self.ranks: list[Process] = []
         several = prefixes[0] != prefixes[1]
         port = _free_port()
         try:
@@ -97,7 +97,7 @@ class Ranks:
                     "OMP_NUM_THREADS": "1",
                 }
                 name = f"rank {rank} of {module}"
-                self._ranks.append(Process(module, *words, name=name, prefix=prefix, environment=place))
+                self.ranks.append(Process(module, *words, name=name, prefix=prefix, environment=place))
         except BaseException:
             self.__exit__()
             raise
@@ -106,14 +106,14 @@ class Ranks:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in self._ranks:
+        for process in self.ranks:
             process.__exit__(None, None, None)
 
     def ask(self, *words: str) -> list[list[float]]:
         """Every rank's answer, by rank; all begin before any is waited for."""
-        for process in self._ranks:
+        for process in self.ranks:
             process.tell(*words)
-        return [process.answer() for process in self._ranks]
+        return [process.answer() for process in self.ranks]
 
 
 def _free_port() -> int:

@@ -1,6 +1,8 @@
 """The two ranks of `benchmarks.scaling`: the same training step dense, in masks, and as the published harness masks.
 
-Answers `check` with what is wrong after some steps, and `step ARM COUNT` with the seconds of so many steps.
+Answers `check` with what is wrong after some steps, and `step ARM COUNT` with the seconds of so many steps; for
+`benchmarks.cost_check` `solo COUNT` with those of steps that no rank waits for, `forward COUNT` with those of
+evaluating so many batches, and `reduce` with those of averaging one gradient.
 """
 
 from __future__ import annotations
@@ -59,12 +61,15 @@ class Arm:
         masks = masks_of(self.network)
         masks.apply_(self.network)
         self.rank, self.batch = place.rank, batch
-        if name == "published":
+        if name == "solo":
+            self.wrapped: nn.Module = self.network
+        elif name == "published":
             multiply_masks(self.network, masks)
-            self.wrapped: nn.Module = nn.parallel.DistributedDataParallel(self.network)
+            self.wrapped = nn.parallel.DistributedDataParallel(self.network)
         else:
             self.wrapped = wrap(self.network, params.Distributed(), CPU)
-        warm(self.wrapped, self.network, lambda wrapped: wrapped(self.images(2)).sum().backward(), place)
+        if name != "solo":
+            warm(self.wrapped, self.network, lambda wrapped: wrapped(self.images(2)).sum().backward(), place)
         self.optimizer = build_optimizer(self.network, params.Optimizer(lr=0.05), CPU)
         self.held = sparsity.attach(self.network, self.optimizer, masks) if name == "masked" else None
 
@@ -73,12 +78,13 @@ class Arm:
         found = torch.randn(count, 3, SIDE, SIDE, generator=generator)
         return found.contiguous(memory_format=torch.channels_last)
 
-    def train(self, steps: int, lr: float) -> float:
-        """Seconds of `steps` training steps, begun by both ranks together."""
+    def train(self, steps: int, lr: float, together: bool = True) -> float:
+        """Seconds of `steps` training steps; together: begun by both ranks at once."""
         images = self.images(self.batch)
         labels = torch.arange(self.batch) % CLASSES
         self.optimizer.param_groups[0]["lr"] = lr
-        dist.barrier()
+        if together:
+            dist.barrier()
         begin = time.perf_counter()
         for _ in range(steps):
             with precision.autocast(CPU, torch.bfloat16):
@@ -87,6 +93,19 @@ class Arm:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - begin
+
+    @torch.no_grad()
+    def evaluate(self, batches: int) -> float:
+        """Seconds of so many forward passes of twice the batch, as an evaluation has."""
+        images = self.images(2 * self.batch)
+        self.network.eval()
+        begin = time.perf_counter()
+        for _ in range(batches):
+            with precision.autocast(CPU, torch.bfloat16):
+                self.network(images)
+        seconds = time.perf_counter() - begin
+        self.network.train()
+        return seconds
 
     def digests(self) -> int:
         """Different digests of the weights among the ranks, beyond one."""
@@ -112,15 +131,31 @@ def mask_bytes(arms: dict[str, Arm]) -> float:
     return 4.0 * held.masks.total
 
 
+def reduce_once(entries: int) -> float:
+    """Seconds in which a gradient of so many entries is averaged, with nothing beside it."""
+    gradient = torch.ones(entries)
+    dist.barrier()
+    begin = time.perf_counter()
+    dist.all_reduce(gradient)
+    return time.perf_counter() - begin
+
+
 def main(model: str, batch: int) -> None:
     """Answer until the input ends. Weights move in `check` alone, so that all arms stay equally sparse."""
     place = distributed.world()
     distributed.start(place, CPU)
-    arms = {name: Arm(name, model, batch, place) for name in ("dense", "masked", "published")}
+    arms = {name: Arm(name, model, batch, place) for name in ("solo", "dense", "masked", "published")}
+    entries = sum(p.numel() for p in arms["solo"].network.parameters())
 
     def reply(words: list[str]) -> tuple[float, ...]:
         if words[0] == "check":
             return (*check(arms), mask_bytes(arms))
+        if words[0] == "solo":
+            return (arms["solo"].train(int(words[1]), 0.0, together=False),)
+        if words[0] == "forward":
+            return (arms["solo"].evaluate(int(words[1])),)
+        if words[0] == "reduce":
+            return reduce_once(entries), entries
         return (arms[words[1]].train(int(words[2]), 0.0),)
 
     processes.serve(reply)

@@ -72,6 +72,7 @@ STEPS: list[tuple[str, torch.dtype, int, float | None, bool]] = [
     ("dense gradients asked for", torch.float32, 1, None, True),
     ("denser masks", torch.bfloat16, 2, 0.6, False),
     ("dense masks", torch.float32, 1, 1.0, False),
+    ("no hooks", torch.float32, 1, 0.2, False),
 ]
 """Name, precision, micro-batches, density of new masks, whether gradients are left dense."""
 
@@ -101,8 +102,14 @@ def main() -> None:
             if density is not None:
                 arm.held.set(masks_of(arm.model, density, number))
             arm.held.dense_gradients(dense)
+            if name == "no hooks":  # what is pruned then goes nowhere all the same
+                arm.held.detach()
             arm.backward(images, dtype, micro_batches)
         ours, theirs, masks = packed.gradients(), plain.gradients(), packed.held.masks
+        if name == "no hooks":
+            assert any(bool(theirs[key][~mask].any()) for key, mask in masks.items())
+            for key in masks:
+                packed.held.zero_pruned(key, theirs[key])
         pruned = torch.cat([ours[key][~mask] for key, mask in masks.items()])
         report.append(
             {
