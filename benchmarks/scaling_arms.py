@@ -120,7 +120,7 @@ def check(arms: dict[str, Arm]) -> tuple[float, ...]:
     held = arms["masked"].held
     assert held is not None
     ours, theirs = (dict(arms[name].network.named_parameters()) for name in ("masked", "published"))
-    apart = max(float((ours[n][mask] - theirs[n][mask]).abs().max()) for n, mask in held.masks.items())
+    apart = max(float((ours[n][mask] - theirs[n][mask]).detach().abs().max()) for n, mask in held.masks.items())
     return arms["masked"].digests(), arms["published"].digests(), len(held.violations()), apart
 
 
