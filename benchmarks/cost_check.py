@@ -1,9 +1,9 @@
 """`python -m benchmarks.cost_check`: the cost model's epochs against those of real runs on one and two processes.
 
-The parts are measured first, each by itself: a bare training step (one process alone, then two side by side that never
-speak), a forward pass, and the average of one gradient over loopback. Then `harness.py` runs a dense and a pruned level
-of ResNet-18 on handwritten digits at 32 pixels with one process and with two. Their epochs and images per second are
-the figures, the model's are the arms; on CPUs nothing of a reduction hides behind the backward pass, which needs the
+`harness.py` runs a dense and a pruned level of ResNet-18 on handwritten digits at 32 pixels with one process, then with
+two. The parts are measured by themselves, before and after each run, for a shared machine is not the same from minute
+to minute: a bare training step (of one process, or of two side by side that never speak), a forward pass, and the
+average of one gradient over loopback. On CPUs nothing of a reduction hides behind the backward pass, which needs the
 same cores. What a level change and the start take is read off the run of one process and used for that of two.
 """
 
@@ -23,45 +23,52 @@ from pathlib import Path
 from benchmarks import cost, measure
 from benchmarks.cost import Parts
 from benchmarks.measure import Pairs, Report, cheaper
-from benchmarks.processes import ROOT, Process, Ranks
+from benchmarks.processes import ROOT, Ranks
 
-BATCH, LEVELS, EPOCHS = 32, 2, 3
+BATCH, LEVELS, EPOCHS = 32, 2, 2
 MODEL, SIDE = "cifar/resnet18", 32
-EVALUATED = 144 + 359
-"""Images of digits that are held out, and of its test set."""
+TRAINING, EVALUATED = 640, 64 + 359
+"""Images of digits used; a tenth is held out and evaluated, as its test set is."""
 
 
-def parts_of(rounds: int) -> dict[int, Parts]:
-    """The parts of a step, by number of processes."""
-    solo: dict[int, list[float]] = {1: [], 2: []}
-    forward: dict[int, list[float]] = {1: [], 2: []}
-    sums: list[float] = []
-    place = {"prefixes": ((), ()), "address": "127.0.0.1", "interfaces": ("lo", "lo")}
-    # Batches are those a rank has: all of it on one process, half of it on each of two.
-    with Ranks("benchmarks.scaling_arms", MODEL, f"{BATCH // 2}", **place) as ranks:
-        ranks.ask("reduce")
+class Samples:
+    """Seconds of the parts of one number of processes, taken whenever asked; a context manager."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.mine = count, BATCH // count
+        self._times: list[tuple[float, ...]] = []
+        place = {"prefixes": ((), ()), "address": "127.0.0.1", "interfaces": ("lo", "lo")}
+        self._ranks = Ranks("benchmarks.scaling_arms", MODEL, f"{self.mine}", **place)
+        ((_, self.entries), _) = self._ranks.ask("reduce")
+
+    def __enter__(self) -> Samples:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ranks.__exit__()
+
+    def take(self, rounds: int) -> None:
+        """Measure every part `rounds` times: step, forward pass and sum."""
         for _ in range(rounds):
-            solo[2].append(max(seconds for (seconds,) in ranks.ask("solo", "2")) / 2)
-            forward[2].append(max(seconds for (seconds,) in ranks.ask("forward", "2")) / 2)
-            sums.append(max(seconds for seconds, _ in ranks.ask("reduce")))
-        ((_, entries), _) = ranks.ask("reduce")
-    with Ranks("benchmarks.scaling_arms", MODEL, f"{BATCH}", **place) as ranks:
-        first: Process = ranks.ranks[0]
-        for _ in range(rounds):
-            solo[1].append(first.ask("solo", "2")[0] / 2)
-            forward[1].append(first.ask("forward", "2")[0] / 2)
-    found = {}
-    for count in (1, 2):
-        mine = BATCH // count
-        found[count] = Parts(
-            train_rate=mine / statistics.median(solo[count]),
-            eval_rate=2 * mine / statistics.median(forward[count]),
-            parameters=int(entries),
-            prunable=int(entries),
-            local_link=cost.BYTES * entries / statistics.median(sums),
+            sums = max(seconds for seconds, _ in self._ranks.ask("reduce"))
+            self._times.append((self._slowest("solo"), self._slowest("forward"), sums))
+
+    def _slowest(self, word: str) -> float:
+        if self.count == 1:
+            return self._ranks.ranks[0].ask(word, "2")[0] / 2
+        return max(seconds for (seconds,) in self._ranks.ask(word, "2")) / 2
+
+    def parts(self) -> Parts:
+        """The medians of all that was measured, as parts of the model."""
+        step, forward, sums = (statistics.median(column) for column in zip(*self._times, strict=True))
+        return Parts(
+            train_rate=self.mine / step,
+            eval_rate=2 * self.mine / forward,
+            parameters=int(self.entries),
+            prunable=int(self.entries),
+            local_link=cost.BYTES * self.entries / sums,
             backward=0.0,
         )
-    return found
 
 
 @dataclass
@@ -81,7 +88,7 @@ def real_run(count: int, folder: Path) -> Run:
     options = {
         "run.root": folder, "run.device": "cpu", "run.threads": 1, "model.name": MODEL, "data.name": "digits",
         "data.loader": "device", "data.image_size": SIDE, "data.augment": "none", "training.batch_size": BATCH,
-        "training.epochs": EPOCHS, "training.precision": "bfloat16", "levels.count": LEVELS,
+        "data.subset": TRAINING, "training.epochs": EPOCHS, "training.precision": "bfloat16", "levels.count": LEVELS,
         "run.checkpoint_minutes": 60,
     }  # fmt: skip
     begin = time.perf_counter()
@@ -127,15 +134,19 @@ def compare(report: Report, parts: dict[int, Parts], runs: dict[int, Run]) -> No
 def main(arguments: list[str]) -> int:
     """Measure and write benchmarks/out/cost_check.csv."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost_check", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="of each part (default 9)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each part, before and after a run (default 5)")
     parser.add_argument("--out", type=Path, default=measure.OUT, help="where cost_check.csv goes")
     given = parser.parse_args(arguments)
     report = Report("cost_check", out=given.out)
-    parts = parts_of(given.rounds)
-    for count, found in parts.items():
-        print(f"{count}: {found}", flush=True)
+    parts, runs = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        runs = {count: real_run(count, Path(folder, f"{count}")) for count in (1, 2)}
+        for count in (1, 2):
+            with Samples(count) as samples:
+                samples.take(given.rounds)
+                runs[count] = real_run(count, Path(folder, f"{count}"))
+                samples.take(given.rounds)
+                parts[count] = samples.parts()
+            print(f"{count}: {parts[count]}", flush=True)
     compare(report, parts, runs)
     return report.finish()
 

@@ -41,6 +41,8 @@ def multiply_masks(network: nn.Module, masks: Masks) -> None:
     layers = dict(network.named_modules())
     for name in masks:
         layer: Any = layers[name.rpartition(".")[0]]
+        if layer.weight[0, 0].numel() == 1:  # else DDP would copy the gradient of the product, with other strides
+            layer.weight.data = torch.empty(layer.weight.shape).copy_(layer.weight.data)
         mask = masks[name].to(torch.float32)
         layer.register_buffer("mask", torch.empty_like(layer.weight).copy_(mask))
         layer.forward = _multiplied(layer)
