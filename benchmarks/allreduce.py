@@ -39,10 +39,10 @@ def check(report: Report, ranks: Ranks) -> None:
             report.gate(f"density {density}: {what}", not any(wrong), f"{wrong} wrong, by rank")
 
 
-def sweep(report: Report, link: str, ranks: Ranks, rounds: int, target: str = "") -> None:
+def sweep(report: Report, link: str, ranks: Ranks, densities: Sequence[float], rounds: int, target: str = "") -> None:
     """The rows of communication time over one link."""
     ratios = []
-    for density in DENSITIES:
+    for density in densities:
         pairs = communication(ranks, density, rounds)
         wanted = target if density == AT else ""
         row = report.add(cheaper(f"{link}, density {density}: time", "packed", "DDP", pairs, wanted, "ms"))
@@ -84,7 +84,7 @@ def pays_up_to(ratios: Sequence[tuple[float, float]]) -> float:
     return 1.0
 
 
-def count_bytes(report: Report, pair: tuple[Host, Host], ranks: Ranks, rounds: int) -> None:
+def count_bytes(report: Report, pair: tuple[Host, Host], ranks: Ranks, densities: Sequence[float], rounds: int) -> None:
     """The rows of bytes on the cable, of both directions."""
 
     def counted(arm: str, density: float) -> Callable[[], float]:
@@ -95,7 +95,7 @@ def count_bytes(report: Report, pair: tuple[Host, Host], ranks: Ranks, rounds: i
 
         return run
 
-    for density in DENSITIES:
+    for density in densities:
         pairs: Pairs = measure.interleave(counted("packed", density), counted("dense", density), rounds)
         wanted = "<= 0.15" if density == AT else ""
         report.add(cheaper(f"density {density}: bytes on the cable", "packed", "DDP", pairs, wanted, "MB"))
@@ -108,24 +108,26 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--rates", nargs="+", default=["1gbit", "10gbit"], help="of the cable (default 1gbit 10gbit); the first counts"
     )
+    parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES, help="in rising order")
     parser.add_argument("--out", type=Path, default=measure.OUT, help="where allreduce.csv goes")
     given = parser.parse_args(arguments)
+    densities: Sequence[float] = given.densities
     report = Report("allreduce", out=given.out)
     try:
         with hosts.pair() as pair:
             place = {"address": pair[0].address, "interfaces": [host.interface for host in pair]}
             with Ranks(ARMS, prefixes=[host.prefix for host in pair], **place) as ranks:
                 check(report, ranks)
-                count_bytes(report, pair, ranks, 3)
+                count_bytes(report, pair, ranks, densities, 3)
                 for number, rate in enumerate(given.rates):
                     for host in pair:
                         host.slow_down(rate)
-                    sweep(report, rate, ranks, given.rounds, "" if number else "<= 0.3")
+                    sweep(report, rate, ranks, densities, given.rounds, "" if number else "<= 0.3")
     except hosts.Unavailable as reason:
         print(f"no cable is measured, loopback alone: {reason}", flush=True)
     with Ranks(ARMS, prefixes=((), ()), address="127.0.0.1", interfaces=("lo", "lo")) as ranks:
         check(report, ranks)
-        sweep(report, "loopback", ranks, given.rounds)
+        sweep(report, "loopback", ranks, densities, given.rounds)
     return report.finish()
 
 
