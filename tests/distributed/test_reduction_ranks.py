@@ -58,3 +58,13 @@ def test_runs_of_two_ranks_are_bit_for_bit_those_of_dense_reduction(tmp_path: Pa
         rows.append(table(tmp_path / choice))
     assert rows[0] == rows[1]
     assert all(row["weights_digest"] for row in rows[0])
+
+
+@pytest.mark.slow
+def test_a_packed_run_of_three_ranks_resumed_at_a_level_has_its_bits(tmp_path: Path) -> None:
+    packed = "--distributed.reduction=packed"
+    assert harness(3, tmp_path / "whole", packed).returncode == 0
+    for only in range(3):
+        done = harness(3, tmp_path / "parts", packed, f"--levels.only={only}")
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert table(tmp_path / "parts") == table(tmp_path / "whole")
