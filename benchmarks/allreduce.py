@@ -69,7 +69,9 @@ def communication(ranks: Ranks, density: float, rounds: int) -> Pairs:
 
 
 def pays_up_to(ratios: Sequence[tuple[float, float]]) -> float:
-    """The density at which the ratio of times first passes 1, between those measured; 0 or 1 where it never does.
+    """The density at which the ratio of times first passes 1, between those measured; 0 where it begins above.
+
+    The highest one measured where it never does.
 
     ratios: (density, packed over dense) in rising order of density.
     """
@@ -81,7 +83,7 @@ def pays_up_to(ratios: Sequence[tuple[float, float]]) -> float:
             low, least = before
             return low + (density - low) * (1.0 - least) / (ratio - least)
         before = density, ratio
-    return 1.0
+    return before[0] if before is not None else 0.0
 
 
 def count_bytes(report: Report, pair: tuple[Host, Host], ranks: Ranks, densities: Sequence[float], rounds: int) -> None:

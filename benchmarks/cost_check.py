@@ -25,9 +25,9 @@ from benchmarks.cost import Parts
 from benchmarks.measure import Pairs, Report, cheaper
 from benchmarks.processes import ROOT, Ranks
 
-BATCH, LEVELS, EPOCHS = 32, 2, 2
+BATCH, LEVELS, EPOCHS = 16, 2, 2
 MODEL, SIDE = "cifar/resnet18", 32
-TRAINING, EVALUATED = 640, 64 + 359
+TRAINING, EVALUATED = 320, 32 + 359
 """Images of digits used; a tenth is held out and evaluated, as its test set is."""
 
 

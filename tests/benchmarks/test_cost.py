@@ -114,11 +114,12 @@ def test_every_preset_has_a_source_of_known_kind() -> None:
 
 def test_the_check_compares_epochs_with_those_of_runs(tmp_path: Path) -> None:
     """Runs that go as the model says, worked out by hand: all ratios are 1 but that of the slow epoch."""
-    one = Parts(train_rate=32.0, eval_rate=423.0, parameters=1_000_000, prunable=1_000_000, backward=0.0)
-    two = dataclasses.replace(one, train_rate=16.0, eval_rate=211.5, local_link=8e6)
+    assert cost_check.BATCH == 16
+    one = Parts(train_rate=16.0, eval_rate=391.0, parameters=1_000_000, prunable=1_000_000, backward=0.0)
+    two = dataclasses.replace(one, train_rate=8.0, eval_rate=195.5, local_link=8e6)
     # 10 steps of 1 s, 1 s of evaluation; on two 10 steps of 1 s and half a second of reduction
-    alone = cost_check.Run([11.0] * 4, [32.0] * 4, levels=50.0, wall=70.0, steps=10)
-    both = cost_check.Run([32.0, 32.0, 32.0, 16.0], [32 / 1.5] * 4, levels=0.0, wall=20 + 4 * 16.0 + 6.0, steps=10)
+    alone = cost_check.Run([11.0] * 4, [16.0] * 4, levels=50.0, wall=70.0, steps=10)
+    both = cost_check.Run([32.0, 32.0, 32.0, 16.0], [16 / 1.5] * 4, levels=0.0, wall=20 + 4 * 16.0 + 6.0, steps=10)
     report = Report("cost_check", out=tmp_path)
     cost_check.compare(report, {1: one, 2: two}, {1: alone, 2: both})
     assert [row.ratio for row in report.rows] == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.5, 1.0])
