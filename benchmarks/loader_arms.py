@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import io
+import itertools
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import processes
 from utils import params
 from utils.data import augment, beton_format
 from utils.data.order import Shard
@@ -28,7 +29,6 @@ from utils.data.spec import DataSpec
 SIDE, BATCH = 224, 64
 CPU = torch.device("cpu")
 CIFAR_IMAGES, CIFAR_BATCH = 5120, 128
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def spec_of(mode: str = "jpg", resize: str = "ffcv", **changes: Any) -> DataSpec:
@@ -42,32 +42,11 @@ def spec_of(mode: str = "jpg", resize: str = "ffcv", **changes: Any) -> DataSpec
     return DataSpec(**{**settled, **changes})
 
 
-class Process:
+class Process(processes.Process):
     """An arm in another process; a context manager."""
 
     def __init__(self, name: str, path: Path | None, resize: str = "ffcv") -> None:
-        words = [sys.executable, "-m", "benchmarks.loader_arms", name, str(path or ""), resize]
-        self.name = name
-        self._process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def ask(self, *words: str) -> list[float]:
-        """Numbers the process answers with. Raises RuntimeError when it has ended."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write("\t".join(words) + "\n")
-        self._process.stdin.flush()
-        while line := self._process.stdout.readline():
-            if line.startswith("answer "):
-                return [float(word) for word in line.split()[1:]]
-        raise RuntimeError(f"the {self.name} arm ended with exit code {self._process.wait()}; its message is above")
+        super().__init__("benchmarks.loader_arms", name, str(path or ""), resize, name=name)
 
     def epoch(self) -> float:
         """CPU seconds an image of the next epoch."""
@@ -312,20 +291,19 @@ def serve(name: str, path: Path, resize: str) -> None:
     """Answer the lines of the input until it ends."""
     torch.set_num_threads(1)
     epoch = ARMS[name](path, resize) if name in ARMS else None
-    number = 0
-    for line in sys.stdin:
-        words = line.rstrip("\n").split("\t")
-        answer: tuple[float, ...]
+    numbers = itertools.count()
+
+    def answer(words: list[str]) -> tuple[float, ...]:
         if words[0] == "compare":
-            answer = differing(Path(words[1]))
-        elif words[0] == "digest":
-            answer = digest(Path(words[1]), words[2], int(words[3]))
-        else:
-            assert epoch is not None
-            start = time.process_time()
-            images = epoch(number)
-            answer, number = (time.process_time() - start, images), number + 1
-        print("answer", *answer, flush=True)
+            return differing(Path(words[1]))
+        if words[0] == "digest":
+            return digest(Path(words[1]), words[2], int(words[3]))
+        assert epoch is not None
+        start = time.process_time()
+        images = epoch(next(numbers))
+        return time.process_time() - start, images
+
+    processes.serve(answer)
 
 
 if __name__ == "__main__":

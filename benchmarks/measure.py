@@ -131,8 +131,8 @@ class Row:
 
 
 def cheaper(measurement: str, arm: str, peer: str, pairs: Pairs, target: str = "", unit: str = "s") -> Row:
-    """A row whose ratio is the arm's cost over the peer's; `unit` is "s" or "ms", of one run."""
-    scale = {"s": 1.0, "ms": 1e3}[unit]
+    """A row whose ratio is the arm's cost over the peer's; `unit` is "s" or "ms", of one run, or "MB" of bytes."""
+    scale = {"s": 1.0, "ms": 1e3, "MB": 1e-6}[unit]
     values = statistics.median(pairs.arm) * scale, statistics.median(pairs.peer) * scale
     return _row(measurement, arm, peer, pairs.costs, target, values, unit)
 
@@ -201,8 +201,12 @@ class Report:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a markdown table."""
     head = ("measurement", "arm", "peer", "ratio", "target", "met", "arm's figure", "peer's figure")
-    lines = [_line(head), _line(["---"] * len(head))]
-    return "\n".join(lines + [_line(_cells(row)) for row in rows])
+    return table_of(head, map(_cells, rows))
+
+
+def table_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells as a markdown table."""
+    return "\n".join(_line(cells) for cells in (head, ["---"] * len(head), *rows))
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ from utils.system.distributed import World, from_main
 from utils.system.errors import UserError
 from utils.system.json_file import read_json
 from utils.system.rundir import RunDir, planted_links
+from utils.training import reduction
 from utils.training.progress import of_stock_network
 
 Row = dict[str, Any]
@@ -87,6 +88,7 @@ class Record:
             "device": str(device),
             "precision": self.inputs["precision"],
             "workers": min(params.data.workers or default_workers(world.local_size), allowed_cpus()),
+            "reduction": reduction.choose(params.distributed, world, device) if world.size > 1 else None,
             "order_seed": params.run.seed if params.data.order_seed is None else params.data.order_seed,
             "image_size": spec.image_size,
             "eval_size": spec.eval_size,

@@ -42,6 +42,7 @@ class Sparsity:
         self._parameters = {name: named[name] for name in masks}
         self._words = {name: _full_words(p) for name, p in self._parameters.items()}
         self._masks = masks
+        self._version = 0
         self._optimizer: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self._step_hook: RemovableHandle | None = None
         self._gate = _Gate()
@@ -57,6 +58,16 @@ class Sparsity:
     def masks(self) -> Masks:
         """The masks enforced now."""
         return self._masks
+
+    @property
+    def version(self) -> int:
+        """Another number after every change of masks."""
+        return self._version
+
+    @property
+    def dense(self) -> bool:
+        """Whether gradients of pruned weights are let through just now."""
+        return self._gate.dense
 
     def watch(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Enforce the masks after the steps of this optimizer, instead of the one before it."""
@@ -78,6 +89,7 @@ class Sparsity:
         for name, words in self._words.items():
             words.copy_(masks[name].to(words.device).to(words.dtype).neg_())
         self._masks = masks
+        self._version += 1
         self.project()
 
     @torch.no_grad()
@@ -93,6 +105,18 @@ class Sparsity:
     def zero_pruned(self, name: str, tensor: torch.Tensor) -> None:
         """Fill `tensor`, shaped as parameter `name`, with 0.0 where the parameter is pruned, in place."""
         _zero(tensor, self._words[name])
+
+    def stored(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """Which entries of `parameter` are kept: bool, flat, in the order of its memory; None where no mask covers it.
+
+        Weights whose memory has gaps are told in the order of their places.
+        """
+        for name, p in self._parameters.items():
+            if p is parameter:
+                words = self._words[name]
+                gaps = words.untyped_storage().nbytes() != words.numel() * words.element_size()
+                return (words.flatten() if gaps else words.as_strided((words.numel(),), (1,))) != 0
+        return None
 
     def detach(self) -> None:
         """Remove all hooks; weights stay as they are."""

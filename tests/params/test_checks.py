@@ -87,6 +87,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**PLAN, "optimizer.name": "adamw", "optimizer.betas": [0.5, 0.5, 0.5]}, "optimizer.betas: 3 numbers"),
     ({**PLAN, "distributed.backend": "nccl", "run.device": "cpu"}, "distributed.backend=nccl"),
     ({**PLAN, "distributed.sync_batchnorm": True, "run.device": "cpu"}, "distributed.sync_batchnorm=true"),
+    (
+        {**PLAN, "distributed.reduction": "dense", "distributed.packed_below": 0.2},
+        "distributed.packed_below=0.2: has no effect with distributed.reduction=dense",
+    ),
     # data
     ({**PLAN, "data.randaugment": 2}, "data.randaugment=2: has no effect with data.loader=ffcv"),
     ({**PLAN, "data.randaugment_magnitude": 5}, "data.randaugment_magnitude"),

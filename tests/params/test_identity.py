@@ -65,14 +65,16 @@ levels:
    start_allocation: none, rewind: lrr, rewind_step: none,
    rewind_optimizer: false, rewind_schedule: continue, epochs: [], finetune_lr: auto, wait: 0.0,
    only: none}
-distributed: {backend: auto, timeout: 600.0, find_unused_parameters: false, sync_batchnorm: false}
+distributed:
+  {backend: auto, timeout: 600.0, find_unused_parameters: false, sync_batchnorm: false, reduction: auto,
+   packed_below: 0.5}
 """
 
 UNHASHED = {
     "run.root", "run.plan", "data.betons", "data.download", "data.workers", "data.os_cache", "training.compile",
     "training.check_every", "training.gradient_norms", "levels.only", "run.checkpoint_epochs",
     "run.checkpoint_minutes", "run.keep", "run.array", "run.seeds", "run.where",
-    "levels.wait", "distributed.backend", "distributed.timeout",
+    "levels.wait", "distributed.backend", "distributed.timeout", "distributed.reduction", "distributed.packed_below",
 }  # fmt: skip
 
 GOLDEN: list[tuple[dict[str, Any], str]] = [

@@ -36,6 +36,7 @@ _IGNORED: method_checks.Ignored = (
     ("data.jpeg_quality", "data.write_mode", ("raw",), "jpg or proportion"),
     ("data.compress_probability", "data.write_mode", ("auto", "raw", "jpg"), "proportion"),
     ("distributed.sync_batchnorm", "run.device", ("cpu",), "cuda"),
+    ("distributed.packed_below", "distributed.reduction", ("dense",), "auto or packed"),
     *method_checks.IGNORED,
     *recipe_checks.IGNORED,
 )

@@ -25,7 +25,7 @@ from utils.system.distributed import World, gather, sum_over_ranks
 from utils.system.errors import Preempted
 from utils.system.stopping import Never, Stopped
 from utils.tasks.classification import ImageClassification
-from utils.training import precision
+from utils.training import precision, reduction
 from utils.training.averaging import ExponentialAverage
 from utils.training.batchnorm import average_statistics, averaged_statistics
 from utils.training.extension import Extension
@@ -69,6 +69,7 @@ class Trainer:
         self._shared: dict[int, int] = {}
         self.dtype = precision.choose(training.precision, device)
         self.wrapped: Any = wrap(model, distributed, device)
+        self.reduction = reduction.install(self.wrapped, distributed, world, device)
         # Evaluation goes around DDP: ranks may have different numbers of batches there.
         self.forward: Any = torch.compile(model) if training.compile else model
         self.steps_per_epoch = len(loaders.train) // training.accumulation
@@ -94,6 +95,8 @@ class Trainer:
         Raises UserError when a loss is NaN or infinite, naming level, step and rank; Preempted, on all ranks after the
         same step and with the state stored, when a stop was asked for.
         """
+        if self.reduction is not None:
+            self.reduction.follow(sparsity)
         self.scaler = precision.scaler(self.device, self.dtype)
         self.losses = LossWatch(stage.level, self.world.rank, self.scaler.is_enabled())
         keeper = keeper or Keeper()
