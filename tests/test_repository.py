@@ -46,8 +46,8 @@ DISTRIBUTIONS = {
 }
 """Modules whose distribution has another name."""
 
-OPTIONAL = {"ffcv", "tensorboard"}
-"""Imported where present: FFCV is built by the set-up script."""
+OPTIONAL = {"ffcv", "tensorboard", "onnx", "onnxruntime", "google"}
+"""Imported where present: FFCV is built by the set-up script, the rest comes with what the tests need."""
 
 MAX_LINES = 400
 
