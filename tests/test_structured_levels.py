@@ -191,12 +191,22 @@ def test_a_network_that_cannot_be_pruned_is_refused_before_anything_is_written(t
 
 
 HALF = {"structured.budget": "macs", "structured.keep": [0.5]}
+TICKTOCK = {**HALF, "structured.criterion": "gates", "pruning.moment": "ticktock"}
 
 WRONG: list[tuple[dict[str, object], str]] = [
     ({"structured.budget": "macs"}, "structured.keep: not set"),
     ({"structured.keep": [0.5]}, "structured.keep=0.5: has no effect with structured.budget=none"),
-    ({**HALF, "pruning.density": 0.5}, "pruning.density=0.5: has no effect"),
-    ({**HALF, "structured.criterion": "gates"}, "set pruning.moment=init"),
+    ({**HALF, "pruning.criterion": "snip"}, "pruning.criterion=snip: has no effect with structured.budget=macs"),
+    ({**HALF, "pruning.density": 0.5, "pruning.control": "shuffle"}, "pruning.control=shuffle: has no effect"),
+    ({**HALF, "recipe.soft.kind": "swish"}, "recipe.soft.kind=swish: has no effect with structured.budget=macs"),
+    ({**HALF, "structured.criterion": "gates"}, "set pruning.moment=init or ticktock"),
+    ({**HALF, "pruning.moment": "ticktock"}, "set structured.criterion=gates"),
+    ({"pruning.moment": "ticktock", "pruning.density": 0.5}, "pruning.moment=ticktock: takes channels out"),
+    ({**TICKTOCK, "structured.gate_target": 0.5}, "gate_target=0.5: has no effect with pruning.moment=ticktock"),
+    ({**TICKTOCK, "structured.fresh": True}, "structured.fresh=true: contradicts pruning.moment=ticktock"),
+    ({**TICKTOCK, "pruning.density": 0.5}, "pruning.density=0.5: contradicts pruning.moment=ticktock"),
+    ({**TICKTOCK, "structured.keep": [0.3, 0.5]}, "list falling shares"),
+    ({**TICKTOCK, "pruning.moment": "init", "structured.tock_epochs": 3}, "tock_epochs=3: has no effect"),
     ({**HALF, "structured.budget": "channels", "structured.scratch": "b"}, "set structured.budget=macs"),
     ({**HALF, "structured.gate_lr": 0.1}, "without structured.criterion=gates"),
     ({**HALF, "structured.keep": [0.3, 0.5]}, "list falling shares"),

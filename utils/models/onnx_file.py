@@ -1,4 +1,4 @@
-"""A network as an ONNX file for any number of images, checked by onnxruntime against torch before it is put in place."""
+"""A network as an ONNX file for any number of images, checked by onnxruntime against torch before it is kept."""
 
 from __future__ import annotations
 
