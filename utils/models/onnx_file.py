@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +80,18 @@ def _program(network: nn.Module, shape: tuple[int, int, int], name: str) -> torc
 def _checked(network: nn.Module, path: Path, shape: tuple[int, int, int], name: str) -> float:
     """The largest relative difference. Raises UserError above the tolerance."""
     import onnx
-    import onnxruntime
 
     onnx.checker.check_model(str(path))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    run = _session(path)
     largest = 0.0
     for count in CHECKED:
         images = _images(count, shape)
         expected = network(images)
-        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        try:
+            found = torch.from_numpy(run(images.numpy()))
+        except Exception as error:  # those of onnxruntime share no base class of their own
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"--export onnx: onnxruntime cannot run {name} on {count} images ({reason})") from error
         if found.shape != expected.shape:
             raise UserError(f"--export onnx: {name} gives {tuple(found.shape)} scores, not {tuple(expected.shape)}")
         difference = float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
@@ -100,6 +100,17 @@ def _checked(network: nn.Module, path: Path, shape: tuple[int, int, int], name: 
             raise UserError(f"--export onnx: scores of {name} by onnxruntime differ by {difference:.1e} from torch's")
         largest = max(largest, difference)
     return largest
+
+
+def _session(path: Path) -> Callable[[Any], Any]:
+    """What gives the scores of images as numpy arrays."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what goes wrong is told once, by us
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})[0]
 
 
 def _images(count: int, shape: tuple[int, int, int]) -> torch.Tensor:
