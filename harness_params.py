@@ -141,7 +141,7 @@ def _take_apart(argv: list[str], options: Mapping[str, str]) -> Command:
         _known(name, options)
         if not equals:
             if not rest or rest[0].startswith("--"):
-                example = "FILE" if name == "config" or name in options else "VALUE"
+                example = "FILE" if name in ("config", "out", "json") else "VALUE"
                 raise ParamError(f"--{name}: needs a value; write --{name}={example}")
             value = rest.pop(0)
         if name == "config":
