@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def test_the_penalty_is_the_sum_of_gates_and_pulls_at_them() -> None:
         loss, logits = TockTask(gated, penalty, classes=3).loss(gated, images)
         count = len(gated.all())
         assert float(loss.detach()) == pytest.approx(
-            float(functional.cross_entropy(logits, images[1])) + penalty * count, rel=1e-5
+            float(functional.cross_entropy(logits.detach(), images[1])) + penalty * count, rel=1e-5
         )
         loss.backward()
         grads.append(gated.gates["a"].grad.clone())
@@ -150,18 +151,23 @@ def test_folded_gates_compute_the_same(training: bool) -> None:
 
 
 class NormWithActivation(nn.BatchNorm2d):
-    """As timm has them; a gate behind x * sigmoid(x) is no gate on the norm."""
+    """As timm has them; a gate behind the activation is no gate on the norm, where the gate may be negative."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(6)
+        self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.silu(super().forward(x))
+        return self.activation(super().forward(x))
 
 
-def test_gates_that_do_not_fold_are_refused() -> None:
+@pytest.mark.parametrize("activation", [functional.silu, functional.relu])
+def test_gates_that_do_not_fold_are_refused(activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
     def gated(model: nn.Module) -> GatedModel:
         return GatedModel(model, Channels.of(Small(), SHAPE).open, SHAPE)
 
     check_foldable(small(), gated, SHAPE)
     odd = small()
-    odd.bn = NormWithActivation(6)
+    odd.bn = NormWithActivation(activation)
     with pytest.raises(UserError, match=r"ticktock: gates of this network do not fold into its norms"):
         check_foldable(odd, gated, SHAPE)
