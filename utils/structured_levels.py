@@ -8,6 +8,7 @@ is done are those of the other runs. A level's network is in its widths.json and
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -19,6 +20,7 @@ from utils.params import Params
 from utils.params.checks import check_ranks
 from utils.params.plan import Level, level_plan
 from utils.pruning.report import write_layers_csv
+from utils.pruning.structured import ChannelGroup
 from utils.record import Outcome, Record, Row, run_dir
 from utils.structured_masks import SingleWeights
 from utils.structured_stages import Stages, Trained, task_options
@@ -33,6 +35,9 @@ from utils.system.stopping import Never
 from utils.tasks.classification import ImageClassification
 from utils.training import checkpoint, precision
 from utils.training.measure import measure
+
+MOST_TOLD = 3
+"""Groups that stay whole whose reasons are told as a run starts."""
 
 
 class StructuredDriver:
@@ -84,6 +89,7 @@ class StructuredDriver:
         try:
             wanted = self._wanted()
             distributed.from_main(self.record.start)
+            self.console.line(described(self.channels.channels.groups))
             for level in wanted:
                 done, work = functools.partial(self._done, level), functools.partial(self._level, level)
                 own_level(level.number, self.dir, self.world, self.console, done, work)
@@ -243,6 +249,14 @@ class StructuredDriver:
         reporting.rebuild(self.dir)
         if self.params.run.keep != "all":
             checkpoint.remove(place)
+
+
+def described(groups: Sequence[ChannelGroup]) -> str:
+    """How many groups of channels may be pruned, and why the others stay whole, in one line."""
+    whole = [group for group in groups if group.protected is not None]
+    text = f"channels: {len(groups) - len(whole)} groups may be pruned, {len(whole)} stay whole"
+    why = "; ".join(f"{group.name}: {group.protected}" for group in whole[:MOST_TOLD])
+    return f"{text} ({why}{'; ...' if len(whole) > MOST_TOLD else ''})" if whole else text
 
 
 def _digest(cut: Cut) -> str:
