@@ -1,6 +1,6 @@
 """Train a sparse network level by level.
 
-torchrun harness.py --config configs/x.yaml [--config overlay.yaml ...] [--section.key=value ...]
+torchrun harness.py --config configs/x.yaml [--config overlay.yaml ...] [--section.key=value ...] [--export onnx]
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ import sys
 
 import harness_params
 from utils.params.identity import run_path
+from utils.system.errors import ParamError, UserError
 from utils.system.launcher import Launcher
+from utils.system.optional import ONNX, require
 from utils.system.rundir import RunDir
+
+OPTIONS = {"export": "onnx: also write model.onnx of every level that is done, checked by onnxruntime against torch"}
 
 
 def main() -> None:
     """Read the config, then print its plan or run its levels."""
     launcher = Launcher()
     launcher.watch()
-    params = harness_params.load_or_exit()
+    params, options = harness_params.load_with_or_exit(OPTIONS)
+    exports = _exports(options.get("export"))
     if params.run.where:
         print(RunDir(run_path(params)).status_of(params.levels.only))
         return
@@ -40,7 +45,26 @@ def main() -> None:
             if any(row["density"] > 0 for row in rows):
                 here.console.line(f"plot:   {reporting.plot_levels([run.path], run.plot)}")
             here.console.line(f"levels: {run.levels_csv}")
+            if exports:
+                from utils.analysis.export import export_levels
+
+                only = params.levels.only
+                for line in export_levels(params, run, run.levels() if only is None else [only]):
+                    here.console.line(f"onnx:   {line}")
     harness_utils.leave()
+
+
+def _exports(asked: str | None) -> bool:
+    """Whether ONNX files are wanted; ends the process where they cannot be written, before anything is trained."""
+    if asked is None:
+        return False
+    try:
+        if asked != "onnx":
+            raise ParamError(f"--export={asked}: unknown format; write --export onnx")
+        require("--export onnx", ONNX)
+    except UserError as error:
+        harness_params.refuse(error)
+    return True
 
 
 if __name__ == "__main__":

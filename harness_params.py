@@ -84,7 +84,7 @@ def load_with_or_exit(
     try:
         return load_with(options, argv, plan, usage)
     except UserError as error:
-        _refuse(error)
+        refuse(error)
 
 
 class Parsed(Checker):
@@ -141,7 +141,7 @@ def _take_apart(argv: list[str], options: Mapping[str, str]) -> Command:
         _known(name, options)
         if not equals:
             if not rest or rest[0].startswith("--"):
-                example = "FILE" if name == "config" or name in options else "VALUE"
+                example = "FILE" if name in ("config", "out", "json") else "VALUE"
                 raise ParamError(f"--{name}: needs a value; write --{name}={example}")
             value = rest.pop(0)
         if name == "config":
@@ -178,7 +178,8 @@ def _speaks() -> bool:
     return os.environ.get("LOCAL_RANK", "0") in ("", "0")
 
 
-def _refuse(error: UserError) -> NoReturn:
+def refuse(error: UserError) -> NoReturn:
+    """End the process for wrong input: one line on stderr (of local rank 0) and exit code 2."""
     if _speaks():
         print("sieve: " + " ".join(str(error).splitlines()), file=sys.stderr)
     raise SystemExit(EXIT_BAD_INPUT)

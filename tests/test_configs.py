@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from harness_params import load
+from harness import OPTIONS
+from harness_params import load, load_with
 from utils.params import Params
 from utils.params.help import help_text
 from utils.params.identity import hashed_fields, run_id
@@ -108,12 +109,12 @@ def test_an_overlay_changes_something_and_shows_a_command_with_itself(path: str)
 @pytest.mark.parametrize(("path", "argv"), COMMENTED)
 def test_commands_in_comments_are_valid(path: str, argv: list[str]) -> None:
     assert path in argv
-    assert level_plan(load(argv))
+    assert level_plan(load_with(OPTIONS, argv)[0])
 
 
 @pytest.mark.parametrize(("page", "argv"), WRITTEN)
 def test_commands_on_pages_are_valid(page: str, argv: list[str]) -> None:
-    assert level_plan(load(argv))
+    assert level_plan(load_with(OPTIONS, argv)[0])
 
 
 def test_commands_are_found_where_they_are() -> None:

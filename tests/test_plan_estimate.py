@@ -155,3 +155,42 @@ def test_every_method_has_a_plan_before_its_data_is_there(
     assert "starts from" in text
     assert "unknown until the data set is in" in text
     assert list(tmp_path.iterdir()) == []
+
+
+STRUCTURED = {"structured__budget": "macs", "levels__densities": []}
+
+
+def structured_table(text: str) -> list[list[str]]:
+    return [line.split(maxsplit=4) for line in text.splitlines() if line.strip()[:1].isdigit()]
+
+
+def test_a_structured_run_tells_shares_epochs_and_sources(tmp_path: Path) -> None:
+    keys = {**STRUCTURED, "structured__keep": [0.7, 0.5], "structured__scratch": "b", "pruning__moment": "init"}
+    gates = {"structured__criterion": "gates", "structured__fresh": True, "structured__gate_epochs": 4}
+    text = describe(config(tmp_path, **keys, **gates), World())
+    # 1,294 training images in batches of 64: 20 steps. Scratch-B: 3 / 0.7 and 3 / 0.5 epochs.
+    assert structured_table(text) == [
+        ["0", "1.000000", "4", "80", "initial weights, gates alone"],
+        ["1", "0.700000", "4", "80", "fresh weights, channels by level 0"],
+        ["2", "0.500000", "6", "120", "fresh weights, channels by level 0"],
+    ]
+    assert "272,474 parameters, 10,203,776 MACs" in text  # a quarter of its 40.8 M on 32 px
+    assert "448 channels in 12 groups that may be pruned" in text
+    keys = {**STRUCTURED, "structured__keep": [0.5], "structured__tock_epochs": 2, "structured__gate_epochs": 1}
+    text = describe(
+        config(tmp_path, **keys, pruning__moment="ticktock", structured__criterion="gates", data__name="imagenet"),
+        World(),
+    )
+    assert structured_table(text) == [
+        ["0", "1.000000", "3", "?", "initial weights"],
+        ["1", "1.000000", "1", "?", "level 0, gates alone"],
+        ["2", "0.500000", "2", "?", "level 1, pruned; gates and weights"],
+        ["3", "0.500000", "3", "?", "level 2"],
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_of_a_network_that_cannot_be_made_smaller_is_refused(tmp_path: Path) -> None:
+    odd = {"model__name": "torchvision/shufflenet_v2_x0_5", "data__image_size": 64, "structured__keep": [0.5]}
+    with pytest.raises(UserError, match=r"structured pruning of torchvision/shufflenet_v2_x0_5: its channels cannot"):
+        describe(config(tmp_path, **STRUCTURED, **odd), World())

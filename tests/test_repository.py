@@ -22,7 +22,7 @@ FLOORS = {
     "params": 0, "system": 0,
     "masks": 1, "files": 1, "sparsity": 1, "tasks": 1, "models": 1, "data": 1, "native": 1, "reporting": 1,
     "pruning": 2, "training": 2,
-    "structured_levels": 3, "level_channels": 3,
+    "structured_levels": 3, "structured_stages": 3, "structured_masks": 3, "level_channels": 3,
     "levels": 3, "level_masks": 3, "level_extensions": 3, "rewinding": 3, "feasibility": 3, "estimate": 3, "record": 3,
     "analysis": 3, "waiting": 3, "owned": 3,
 }  # fmt: skip
@@ -46,8 +46,8 @@ DISTRIBUTIONS = {
 }
 """Modules whose distribution has another name."""
 
-OPTIONAL = {"ffcv", "tensorboard"}
-"""Imported where present: FFCV is built by the set-up script."""
+OPTIONAL = {"ffcv", "tensorboard", "onnx", "onnxruntime", "google"}
+"""Imported where present: FFCV is built by the set-up script, the rest comes with what the tests need."""
 
 MAX_LINES = 400
 

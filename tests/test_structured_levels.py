@@ -183,6 +183,17 @@ def test_scratch_b_trains_as_many_macs() -> None:
     assert [(level.epochs, level.source) for level in level_plan(params)] == [(2, None), (160, 0), (160, 0)]
 
 
+def test_scratch_b_stretches_the_schedule_with_its_milestones(tmp_path: Path) -> None:
+    """Half of the MACs: twice the epochs, and the rate falls after twice the steps."""
+    keys = {"schedule__name": "step", "schedule__milestones": ["2ep", "3ep"], "schedule__gamma": 0.1}
+    params = structured(tmp_path, 4, structured__scratch="b", structured__fresh=True, optimizer__lr=1.0, **keys)
+    directory = run(params)
+    found = [(int(row["epoch"]), float(row["lr"])) for row in rows(directory.level(0).epochs)]
+    assert [epoch for epoch, _ in found] == list(range(8))
+    assert [rate for _, rate in found] == pytest.approx([1.0] * 4 + [0.1] * 2 + [0.01] * 2)
+    assert int(rows(directory.levels_csv)[0]["epochs"]) == 8
+
+
 def test_a_network_that_cannot_be_pruned_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     params = structured(tmp_path, model__name="torchvision/shufflenet_v2_x0_5", data__image_size=64)
     with pytest.raises(UserError, match=r"structured pruning of torchvision/shufflenet_v2_x0_5: its channels cannot"):
@@ -191,12 +202,22 @@ def test_a_network_that_cannot_be_pruned_is_refused_before_anything_is_written(t
 
 
 HALF = {"structured.budget": "macs", "structured.keep": [0.5]}
+TICKTOCK = {**HALF, "structured.criterion": "gates", "pruning.moment": "ticktock"}
 
 WRONG: list[tuple[dict[str, object], str]] = [
     ({"structured.budget": "macs"}, "structured.keep: not set"),
     ({"structured.keep": [0.5]}, "structured.keep=0.5: has no effect with structured.budget=none"),
-    ({**HALF, "pruning.density": 0.5}, "pruning.density=0.5: has no effect"),
-    ({**HALF, "structured.criterion": "gates"}, "set pruning.moment=init"),
+    ({**HALF, "pruning.criterion": "snip"}, "pruning.criterion=snip: has no effect with structured.budget=macs"),
+    ({**HALF, "pruning.density": 0.5, "pruning.control": "shuffle"}, "pruning.control=shuffle: has no effect"),
+    ({**HALF, "recipe.soft.kind": "swish"}, "recipe.soft.kind=swish: has no effect with structured.budget=macs"),
+    ({**HALF, "structured.criterion": "gates"}, "set pruning.moment=init or ticktock"),
+    ({**HALF, "pruning.moment": "ticktock"}, "set structured.criterion=gates"),
+    ({"pruning.moment": "ticktock", "pruning.density": 0.5}, "pruning.moment=ticktock: takes channels out"),
+    ({**TICKTOCK, "structured.gate_target": 0.5}, "gate_target=0.5: has no effect with pruning.moment=ticktock"),
+    ({**TICKTOCK, "structured.fresh": True}, "structured.fresh=true: contradicts pruning.moment=ticktock"),
+    ({**TICKTOCK, "pruning.density": 0.5}, "pruning.density=0.5: contradicts pruning.moment=ticktock"),
+    ({**TICKTOCK, "structured.keep": [0.3, 0.5]}, "list falling shares"),
+    ({**TICKTOCK, "pruning.moment": "init", "structured.tock_epochs": 3}, "tock_epochs=3: has no effect"),
     ({**HALF, "structured.budget": "channels", "structured.scratch": "b"}, "set structured.budget=macs"),
     ({**HALF, "structured.gate_lr": 0.1}, "without structured.criterion=gates"),
     ({**HALF, "structured.keep": [0.3, 0.5]}, "list falling shares"),
@@ -223,9 +244,19 @@ EARLY = {
 }
 
 
-@pytest.mark.parametrize("name", ["scratch", "early"])
+TURNS = {
+    "structured__criterion": "gates",
+    "pruning__moment": "ticktock",
+    "structured__gate_epochs": 1,
+    "structured__tock_epochs": 1,
+}
+THEN = {"pruning__moment": "oneshot", "pruning__density": 0.5, "training__ema": 0.9}
+RESUMED = {"scratch": SCRATCH, "early": EARLY, "ticktock": TURNS, "then single weights": THEN}
+
+
+@pytest.mark.parametrize("name", [*list(RESUMED)[:3], pytest.param("then single weights", marks=pytest.mark.slow)])
 def test_stopped_again_and_again_it_leaves_the_bits_of_the_whole_run(name: str, tmp_path: Path) -> None:
-    keys = {"training__eval_batch_size": 1000, "data__subset": 120, **(SCRATCH if name == "scratch" else EARLY)}
+    keys = {"training__eval_batch_size": 1000, "data__subset": 120, **RESUMED[name]}
     whole = run(structured(tmp_path / "whole", 2, **keys))
     assert verify(whole) == []
     params = structured(tmp_path / "stopped", 2, **keys)

@@ -86,10 +86,18 @@ def _describe_structured(
     ]
     for level in plan:
         steps = "?" if per_epoch is None else f"{per_epoch * level.epochs:,}"
-        source = "initial weights" if level.source is None else f"level {level.source}"
-        source = f"fresh weights, channels by {source}" if section.fresh and level.density < 1.0 else source
+        source = _source(level, section.fresh)
         lines.append(f"{level.number:>5}  {level.density:>20.6f}  {level.epochs:>6}  {steps:>9}  {source}")
     return "\n".join(lines)
+
+
+def _source(level: Level, fresh: bool) -> str:
+    """What a level of a structured run starts from, and what trains where that is not its weights."""
+    source = "initial weights" if level.source is None else f"level {level.source}"
+    if fresh and level.work == "prune":
+        return f"fresh weights, channels by {source}"
+    more = {"gates": ", gates alone", "tick": ", gates alone", "tock": ", pruned; gates and weights"}
+    return source + more.get(level.work, "")
 
 
 def _check(params: Params, plan: list[Level], network: nn.Module) -> Masks:

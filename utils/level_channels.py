@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch import nn
 from utils import files, models
 from utils.data import Loaders
 from utils.feasibility import build_model
+from utils.masks import Masks
 from utils.models.widths import WidthFile, Widths, widths_between
 from utils.params import Params
 from utils.params.plan import Level
-from utils.pruning.structured import ChannelMask, Channels, Chosen, Evidence, Limits, shrink
+from utils.pruning.structured import ChannelMask, Channels, Chosen, Evidence, Limits, shrink, shrink_masks
 from utils.pruning.structured.budget import choose_units
 from utils.pruning.structured.expand import expanded_units, widths_of
 from utils.pruning.structured.learn import checked_gates
@@ -34,11 +35,15 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Cut:
-    """What a level trains: its network (on the CPU), which channels of the pruned network it holds, and the budget."""
+    """What a level trains: its network (on the CPU), which channels of the pruned network it holds, and the budget.
+
+    masks: of single weights of `model`; None: all live.
+    """
 
     model: nn.Module
     kept: ChannelMask
     chosen: Chosen | None = None
+    masks: Masks | None = None
 
 
 class LevelChannels:
@@ -95,17 +100,22 @@ class LevelChannels:
         cut = self.whole()
         if distributed.exists(place.widths):
             stored = WidthFile.load(place.widths)
-            kept = _units(stored, "channels", self.channels)
-            cut = Cut(self._build(stored.widths), kept)
+            cut = Cut(self._build(stored.widths), _units(stored, "channels", self.channels))
         files.put_weights(cut.model, files.load_weights(place.weights), str(place.weights))
+        if distributed.exists(place.mask):
+            cut = replace(cut, masks=Masks.load(place.mask, cut.model))
         return cut
+
+    def follow(self, cut: Cut) -> Channels:
+        """The channels of the network of `cut`."""
+        return self.channels if cut.kept.kept == cut.kept.total else self._follow(cut.model)
 
     def cut(self, level: Level, place: LevelDir, source: Cut, gates: Weights, console: Console) -> Cut:
         """The network of `level`: `source` without what its share of the budget does not pay for.
 
         Scores and the search are skipped where the level's width file is there and made from these weights.
         """
-        channels = self.channels if source.kept.kept == source.kept.total else self._follow(source.model)
+        channels = self.follow(source)
         digest = files.digest({**files.state_of(source.model), **{f"gate {name}": g for name, g in gates.items()}})
         if distributed.from_main(lambda: place.widths.exists() and _facts(place).get("source") == digest):
             mask = _units(WidthFile.load(place.widths), "units", channels)
@@ -118,8 +128,14 @@ class LevelChannels:
         widths = widths_between(self.stock, smaller)
         distributed.agree(f"channels of level {level.number}", chosen.mask.digest)
         distributed.from_main(functools.partial(self._save, level, place, widths, kept, chosen, digest))
-        model = self._build(widths) if self.params.structured.fresh else smaller
-        return Cut(model, kept, chosen)
+        if self.params.structured.fresh:
+            return Cut(self._build(widths), kept, chosen)
+        masks = source.masks and shrink_masks(source.masks, chosen.mask.keep(channels.groups))
+        return Cut(smaller, kept, chosen, masks)
+
+    def note(self, level: Level, place: LevelDir, cut: Cut) -> None:
+        """Write the width file of a level that takes nothing out. Rank 0 calls it."""
+        self._save(level, place, widths_between(self.stock, cut.model), cut.kept, None, "")
 
     def _choose(self, keep: float, channels: Channels, model: nn.Module, gates: Weights) -> Chosen:
         """Rounds of scoring and choosing, at budgets that fall geometrically from what the network has."""
@@ -154,7 +170,7 @@ class LevelChannels:
         if mask.kept < mask.total:
             held = copy.deepcopy(model)
             mask.apply_(held, channels.groups)
-        own = checked_gates(gates, channels.open, "level 0") if gates else {}
+        own = checked_gates(gates, channels.open, "gates") if gates else {}
         evidence = Evidence(loss=self.task.scoring_loss, input_shape=self.input_shape, gates=own)
         if channel_criterion.entry(section.criterion).traits["reads"] != "train":
             scores = score_units(section.criterion, held, channels.groups, evidence, self.params.run.seed)
@@ -180,15 +196,12 @@ class LevelChannels:
             batches.close()
 
     def _save(
-        self, level: Level, place: LevelDir, widths: Widths, kept: ChannelMask, chosen: Chosen, source: str
+        self, level: Level, place: LevelDir, widths: Widths, kept: ChannelMask, chosen: Chosen | None, source: str
     ) -> None:
         params = self.params
-        facts = {
+        facts: dict[str, Any] = {
             "budget": params.structured.budget,
             "keep": level.density,
-            "reached": chosen.reached,
-            "allowed": chosen.allowed,
-            "reference": chosen.reference,
             "macs": self.channels.cost.macs(kept.widths),
             "macs_dense": self.macs_dense,
             "parameters": self.channels.cost.parameters(kept.widths),
@@ -199,9 +212,11 @@ class LevelChannels:
             "multiplier": params.structured.multiplier,
             "source": source,
             "widths": kept.widths,
-            "units": {name: torch.nonzero(units).flatten().tolist() for name, units in chosen.mask.items()},
             "channels": {name: torch.nonzero(units).flatten().tolist() for name, units in kept.items()},
         }
+        if chosen is not None:
+            facts |= {"reached": chosen.reached, "allowed": chosen.allowed, "reference": chosen.reference}
+            facts["units"] = {name: torch.nonzero(units).flatten().tolist() for name, units in chosen.mask.items()}
         spec = self.loaders.spec
         WidthFile(params.model.name, spec.classes, spec.image_size, widths, facts).save(place.widths)
 

@@ -11,6 +11,7 @@ import pytest
 
 from utils import files
 from utils.models.widths import WidthFile
+from utils.reporting.verify import verify
 from utils.system.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +62,18 @@ def test_two_ranks_give_the_widths_of_one(criterion: str, tmp_path: Path) -> Non
     found = [WidthFile.load(directory.level(0).widths).facts for directory in (one, two)]
     assert found[0]["channels"] == found[1]["channels"]
     assert found[0]["macs"] == found[1]["macs"]
+
+
+def test_ticks_and_tocks_and_masks_agree_over_ranks(tmp_path: Path) -> None:
+    """The run compares gates, masks and weights of its ranks itself; here that it ends, and with what."""
+    keys = ["--structured.criterion=gates", "--pruning.moment=ticktock", "--structured.gate_epochs=1"]
+    turns = run(tmp_path / "a", 2, *keys, "--structured.tock_epochs=1")
+    assert [turns.level(number).row.is_file() for number in range(4)] == [True] * 4
+    then = run(tmp_path / "b", 2, "--pruning.density=0.4", "--pruning.criterion=snip", "--training.ema=0.9")
+    masks = files.load_tensors(then.level(0).mask)[0]
+    kept = sum(int((mask != 0).sum()) for mask in masks.values())
+    assert kept == int(0.4 * sum(mask.numel() for mask in masks.values()) + 0.5)
+    assert verify(turns) == verify(then) == []
 
 
 def test_gates_are_the_same_on_both_ranks_and_a_rerun_gives_them_again(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ pruning:
 structured:
   {budget: none, keep: [], criterion: l1, scope: global, rounds: 1, exclude: [], coupled: true, min_width: 1,
    round_to: 1, fresh: false, scratch: e, expansion: none, multiplier: 1.0, gate_epochs: 10, gate_lr: 0.01,
-   gate_target: 0.2, gate_penalty: 0.5}
+   gate_target: 0.2, gate_penalty: 0.5, tock_epochs: 10, tock_penalty: 0.001}
 graph: {kind: none, degree: none, side: in, form: simple, tries: 100}
 early: {trigger: weight_distance, threshold: auto, window: 5, latest: auto, length: published}
 dynamic:

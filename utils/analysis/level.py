@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import data, files
+from utils import data, files, models
 from utils.data import Loaders
 from utils.data.order import Shard
 from utils.data.protocol import Loader
@@ -21,7 +21,7 @@ from utils.params.load import build
 from utils.params.yaml_file import read_yaml
 from utils.system.distributed import World, choose_device
 from utils.system.errors import UserError
-from utils.system.rundir import RunDir
+from utils.system.rundir import LevelDir, RunDir
 
 SPLITS = ("train", "val", "test")
 
@@ -72,8 +72,22 @@ def open_level(run: str | Path, number: int) -> Iterator[OpenLevel]:
     workers = params.data.workers or data.default_workers(1)
     loaders = data.build(params, shard, device, False, workers)
     try:
-        model = build_model(params, resolve(params.data), "").to(device)
-        files.put_weights(model, files.load_weights(weights), str(weights))
+        model = network_of(params, place.level(number)).to(device)
         yield OpenLevel(params, model.eval(), loaders, device)
     finally:
         loaders.close()
+
+
+def network_of(params: Params, place: LevelDir, average: bool = False) -> nn.Module:
+    """The network of a finished level with its weights, on the CPU; what a structured run made smaller is rebuilt.
+
+    average: the averaged weights (training.ema). Raises UserError naming the file that is missing or another network's.
+    """
+    weights = place.average if average else place.weights
+    if not weights.is_file():
+        raise UserError(f"{weights}: missing; name a level that is finished{' and has an average' if average else ''}")
+    if place.widths.is_file():
+        return models.rebuild(place.widths, weights)
+    model = build_model(params, resolve(params.data), "")
+    files.put_weights(model, files.load_weights(weights), str(weights))
+    return model

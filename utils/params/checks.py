@@ -101,7 +101,9 @@ def _problems(params: Params, plan: bool) -> Iterator[str]:
     if plan:
         yield from _array(params)
         yield from structured_checks.problems(params)
-        yield from _ignored(params, _PLAN_IGNORED)
+        # Within structured runs pruning.density is about single weights of what is left, at every moment.
+        own = params.structured.budget is not None
+        yield from _ignored(params, tuple(e for e in _PLAN_IGNORED if not (own and e[0] == "pruning.density")))
         yield from _plan(params)
         yield from _rewind(params)
         yield from method_checks.plan_problems(params, level_plan(params))

@@ -52,9 +52,9 @@ IGNORED: Ignored = (
 """(key, other key, values of the other key that ignore the first, values that use it); for non-default values only."""
 
 PLAN_IGNORED: Ignored = (
-    ("pruning.step", "pruning.moment", ("init", "early", "oneshot", "levels"), "step"),
+    ("pruning.step", "pruning.moment", ("init", "early", "oneshot", "levels", "ticktock"), "step"),
     *(
-        (name, "pruning.moment", ("init", "step", "oneshot", "levels"), "early")
+        (name, "pruning.moment", ("init", "step", "oneshot", "levels", "ticktock"), "early")
         for name in _of(Early, "early")
         if name != "early.window"
     ),

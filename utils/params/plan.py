@@ -25,6 +25,8 @@ class Level:
     source    level whose weights and masks it prunes; None: the initial weights, all weights live (or a mask file's)
     epochs    length of its schedule
     rewind    imp, wr, lrr or none; None where there is nothing to rewind (level 0, densities of single-shot moments)
+    work      prune (and train); of structured runs also: train (channels as they are), gates (learn them on frozen
+              random weights), tick (learn them on the source's weights), tock (prune, train gates and weights)
     """
 
     number: int
@@ -33,6 +35,7 @@ class Level:
     source: int | None
     epochs: int
     rewind: str | None
+    work: str = "prune"
 
 
 def start_density(params: Params) -> float:
@@ -139,13 +142,7 @@ def level_plan(params: Params) -> list[Level]:
         return _structured_plan(params)
     densities = target_densities(params)
     moment, rewind = params.pruning.moment, params.levels.rewind
-    lengths = params.levels.epochs or (params.training.epochs,)
-    if len(lengths) == 1:
-        lengths = lengths * len(densities)
-    if len(lengths) != len(densities):
-        raise ParamError(
-            f"levels.epochs: {len(lengths)} numbers for {len(densities)} levels; give one number, or one per level"
-        )
+    lengths = _lengths(params, [params.training.epochs] * len(densities))
     plan = []
     for number, (density, epochs) in enumerate(zip(densities, lengths, strict=True)):
         first = moment in SINGLE or number == 0
@@ -159,27 +156,42 @@ def _structured_plan(params: Params) -> list[Level]:
     """Levels of structured pruning; `density` is the share of the budget that stays.
 
     Level 0 learns gates, or trains the whole network, unless channels are scored at initialisation. Then comes a level
-    for each share, from level 0 or (moment levels) from the level before.
+    for each share, from level 0 or (moment levels) from the level before; of moment ticktock two, a tick and a tock,
+    and at the end one that trains on.
     """
     section, moment = params.structured, params.pruning.moment
-    gates, whole = section.criterion == "gates", moment != "init"
-    shares = list(section.keep)
-    lengths = [_epochs_of(params, share) for share in shares]
-    if gates or whole:
-        shares, lengths = [1.0, *shares], [section.gate_epochs if gates else params.training.epochs, *lengths]
-    if params.levels.epochs:
-        given = params.levels.epochs * (len(shares) if len(params.levels.epochs) == 1 else 1)
-        if len(given) != len(shares):
-            raise ParamError(
-                f"levels.epochs: {len(given)} numbers for {len(shares)} levels; give one number, or one per level"
-            )
-        lengths = list(given)
+    gates, before = section.criterion == "gates" and moment == "init", moment != "init"
+    steps = [("prune", share, _epochs_of(params, share)) for share in section.keep]
+    if moment == "ticktock":
+        steps, last = [], 1.0
+        for share in section.keep:
+            steps += [("tick", last, section.gate_epochs), ("tock", share, section.tock_epochs)]
+            last = share
+        steps.append(("train", last, params.training.epochs))
+    if gates:
+        steps.insert(0, ("gates", 1.0, section.gate_epochs))
+    elif before:
+        steps.insert(0, ("train", 1.0, params.training.epochs))
+    lengths = _lengths(params, [epochs for _, _, epochs in steps])
     plan = []
-    for number, (share, epochs) in enumerate(zip(shares, lengths, strict=True)):
-        source = None if number == 0 or not (gates or whole) else (number - 1 if moment == "levels" else 0)
-        rewind = params.levels.rewind if source is not None and not gates else None
-        plan.append(Level(number, share, share, source, epochs, rewind))
+    for number, ((work, share, _), epochs) in enumerate(zip(steps, lengths, strict=True)):
+        chained = moment in ("levels", "ticktock")
+        source = None if number == 0 or not (gates or before) else (number - 1 if chained else 0)
+        rewind = params.levels.rewind if source is not None and not gates and work != "tick" else None
+        plan.append(Level(number, share, share, source, epochs, rewind, work))
     return plan
+
+
+def _lengths(params: Params, own: list[int]) -> list[int]:
+    """`levels.epochs` where it is given, else the levels' `own`."""
+    given = params.levels.epochs
+    if not given:
+        return own
+    if len(given) not in (1, len(own)):
+        raise ParamError(
+            f"levels.epochs: {len(given)} numbers for {len(own)} levels; give one number, or one per level"
+        )
+    return list(given) if len(given) > 1 else list(given) * len(own)
 
 
 def _epochs_of(params: Params, share: float) -> int:

@@ -38,8 +38,9 @@ class Pruning:
     moment: str = param(
         "levels",
         "init: before training, each density from the initial weights; step: at pruning.step; early: once "
-        "early.trigger says so; oneshot: train dense, then prune once to each density; levels: iterative",
-        choices=("init", "step", "early", "oneshot", "levels"),
+        "early.trigger says so; oneshot: train dense, then prune once to each density; levels: iterative; ticktock: "
+        "channels, by gates and weights that train in turns (structured.criterion=gates)",
+        choices=("init", "step", "early", "oneshot", "levels", "ticktock"),
     )
     step: Step | None = param(None, "when moment step prunes, e.g. 500it or 2ep", empty="none")  # noqa: RUF009
     exclude: tuple[str, ...] = param((), "globs of parameter names that are never pruned")

@@ -36,7 +36,9 @@ class Structured:
         empty="none",
     )
     multiplier: float = param(1.0, "factor of the widths of residual streams and of structured.exclude", above=0.0)
-    gate_epochs: int = param(10, "epochs level 0 learns gates for, on frozen random weights", low=1)
-    gate_lr: float = param(0.01, "learning rate of the gates (Adam, constant)", above=0.0)
+    gate_epochs: int = param(10, "epochs gates learn for while the weights are frozen", low=1)
+    gate_lr: float = param(0.01, "constant rate of gates on frozen weights (Adam; ticks: optimizer.name)", above=0.0)
     gate_target: float = param(0.2, "mean gate the penalty pulls to", low=0.0, high=1.0)
     gate_penalty: float = param(0.5, "weight of the squared distance to gate_target in the loss", low=0.0)
+    tock_epochs: int = param(10, "ticktock: epochs weights and gates train together after each pruning", low=1)
+    tock_penalty: float = param(1e-3, "ticktock: weight of the sum of |gates| in the loss of these epochs", low=0.0)

@@ -6,6 +6,7 @@ activations RUN --level N           what comes out of every activation of a leve
 masks FILE-OR-RUN...                Hamming and Jaccard of masks, layer by layer, for every pair
 connectivity RUN RUN --level N      error along the line between the weights of two runs
 gradients RUN --level N             plot of gradients.csv, which training.gradient_norms writes
+export RUN --level N                the level's network as an ONNX file, checked by onnxruntime against torch
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from utils.reporting.table import levels_table, render
 from utils.reporting.verify import verify
 from utils.system import atomic
 from utils.system.errors import EXIT_BAD_INPUT, UserError
+from utils.system.optional import ONNX, require
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,6 +53,7 @@ def _add_analyses(commands: Any) -> None:
         "masks": "Hamming and Jaccard of masks, layer by layer, for every pair, as CSV and heat map",
         "connectivity": "error along the line between the weights of two runs, as CSV and plot",
         "gradients": "plot of the gradient norms of a level's first steps",
+        "export": "the network of a level as an ONNX file for any number of images, shrunk or with its pruned zeros",
     }
     made = {name: commands.add_parser(name, help=text) for name, text in helps.items()}
     made["activations"].add_argument("run", metavar="RUN")
@@ -63,9 +66,15 @@ def _add_analyses(commands: Any) -> None:
     made["connectivity"].add_argument("--points", type=int, default=11, help="points with both ends")
     made["connectivity"].add_argument("--batches", type=int, default=50, help="training batches for BatchNorm")
     made["gradients"].add_argument("run", metavar="RUN")
+    made["export"].add_argument("run", metavar="RUN")
+    made["export"].add_argument("--export", default="onnx", choices=("onnx",), help="format (default: %(default)s)")
+    made["export"].add_argument("--average", action="store_true", help="the averaged weights (training.ema)")
     for name, command in made.items():
         if name != "masks":
             command.add_argument("--level", type=int, required=True, metavar="N")
+        if name == "export":
+            command.add_argument("--out", required=True, type=Path, metavar="FILE", help="ONNX file to write")
+            continue
         ending = "image" if name == "gradients" else "CSV"
         command.add_argument("--out", required=True, type=Path, metavar="FILE", help=f"{ending} to write")
 
@@ -110,6 +119,11 @@ def _run(args: argparse.Namespace) -> str:
         from utils.reporting.plot import plot_levels
 
         return f"wrote {plot_levels(args.runs, args.out, args.metric)}"
+    if args.command == "export":
+        require("--export onnx", ONNX)
+        from utils.analysis.export import export_run
+
+        return export_run(args.run, args.level, args.out, args.average)
     if args.command in ("activations", "masks", "connectivity", "gradients"):
         from utils.analysis import commands  # it imports torch
 

@@ -220,11 +220,15 @@ class LevelChecks:
             self._differs(self.place.row, "effective_density (layers.csv)", row["effective_density"], total)
 
     def _structured(self, row: Row | None) -> list[str]:
-        """Of a level whose channels are taken out: it has widths instead of a mask, and nothing to be zero."""
+        """Of a level whose channels are taken out: it has widths, and a mask where single weights are pruned too."""
         if row is None:
             return self.found
         path = self.place.weights
-        if (weights := self._tensors(path)) is not None:
+        if self.place.mask.exists():
+            if (mask := self._tensors(self.place.mask, mask=True)) is not None:
+                self._zeros(mask, row)
+                self._differs(self.place.row, "mask_digest", row["mask_digest"], mask.mask_digest)
+        elif (weights := self._tensors(path)) is not None:
             self._pruned(path, weights, None, "")
             self._differs(self.place.row, "weights_digest (weights.safetensors)", row["weights_digest"], weights.digest)
         share = row["kept_weights"] / row["prunable_weights"] if row["prunable_weights"] else 1.0

@@ -64,6 +64,11 @@ class LevelDir:
         return self.path / "gates.safetensors"
 
     @property
+    def onnx(self) -> Path:
+        """The level's network as `--export onnx` writes it."""
+        return self.path / "model.onnx"
+
+    @property
     def rewind(self) -> Path:
         """Weights and optimizer state of the rewind step (safetensors)."""
         return self.path / "rewind.safetensors"

@@ -63,10 +63,13 @@ def evaluate(params: Params, place: LevelDir, average: bool, world: World, devic
     loaders = data.build(params, shard, device, training.channels_last, workers)
     try:
         spec = loaders.spec
-        model = models.build(params.model.name, spec.classes, image_size=spec.image_size, seed=params.run.seed)
-        soften(model, params.recipe)
         file = place.average if average else place.weights
-        masks = load(model, place, file)
+        if place.widths.is_file():
+            model, density = models.rebuild(place.widths, _there(file)), row["density"]
+        else:
+            model = models.build(params.model.name, spec.classes, image_size=spec.image_size, seed=params.run.seed)
+            soften(model, params.recipe)
+            density = load(model, place, file).density
         model.to(device)
         if training.channels_last:
             to_channels_last(model)
@@ -82,7 +85,7 @@ def evaluate(params: Params, place: LevelDir, average: bool, world: World, devic
     recorded = {name: row[column] for name, column in COLUMNS.items()}
     # A run with an average records the accuracies of the average.
     same = average == (training.ema is not None)
-    return Evaluation(measured, recorded, _agreement(measured, recorded) if same else None, file, masks.density)
+    return Evaluation(measured, recorded, _agreement(measured, recorded) if same else None, file, density)
 
 
 def load(model: nn.Module, place: LevelDir, file: Path) -> Masks:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.pruning.structured_cases import SHAPE, channels, small
-from utils.pruning.structured import Channels
+from tests.pruning.structured_cases import SHAPE, channels, half, small
+from utils.pruning.structured import Channels, shrink
 from utils.pruning.structured._graph import IN, OUT, Coupled, Link
 from utils.pruning.structured.groups import _Builder, channel_groups
 from utils.pruning.structured.verify import verified
@@ -118,15 +118,24 @@ class Split(nn.Module):
 
 
 def test_a_layer_that_is_split_is_in_several_groups_of_different_names() -> None:
-    """From a graph written by hand: torch-pruning's own misreads this split, and is not believed."""
+    """From a graph written by hand, because torch-pruning's own misreads this split."""
     every, first, last = np.arange(6), np.arange(2), np.arange(4)
     links = [Link("a", OUT, every, every), Link("b", IN, first, first), Link("c", IN, last, last + 2)]
     groups = _Builder(Split(), [Coupled("a", tuple(links), output=False)]).groups()
     assert [(group.name, group.size) for group in groups] == [("a", 2), ("a#2", 4)]
     assert parts(groups[1])[("a", "write")] == [-1, -1, 0, 1, 2, 3]
     assert parts(groups[1])[("c", "read")] == [0, 1, 2, 3]
-    with pytest.raises(UserError, match="the graph counts other channels of b than its 2"):
-        channel_groups(Split(), SHAPE)
+
+
+def test_channels_the_graph_misreads_stay_and_the_others_go() -> None:
+    net = Split()
+    found = {group.name: group.protected for group in Channels.of(net, SHAPE).groups}
+    assert found["b"] is None  # with c: a sum
+    assert found["a"] == "the graph counts other channels of b than its 2"
+    assert {name for name, reason in found.items() if reason is None} == {"b"}
+    mask = half(Channels.of(net, SHAPE))
+    smaller = shrink(net, Channels.of(net, SHAPE).groups, mask)
+    assert (smaller.a.out_channels, smaller.b.out_channels, smaller.c.out_channels) == (6, 2, 2)
 
 
 def test_groups_are_excluded_by_name() -> None:

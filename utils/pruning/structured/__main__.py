@@ -72,7 +72,7 @@ def _row(name: str, seconds: int) -> tuple[str, bool]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return f"| `{name}` | no: its graph takes more than {seconds} s | | | | | |", False
+        return f"| `{name}` | no: it takes more than {seconds} s | | | | | |", False
     last = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("sieve: ")
     if done.returncode == EXIT_BAD_INPUT:
         reason = last.removeprefix(f"structured pruning of {name}: ").replace("|", "/")

@@ -78,7 +78,7 @@ def cost_of(model: nn.Module, groups: Sequence[ChannelGroup], input_shape: tuple
 
     Raises RuntimeError when a group has units of different sizes, which the formulas do not know.
     """
-    copied = copy.deepcopy(bare(model)).cpu().float().eval()
+    copied = copy.deepcopy(bare(model)).cpu().float().eval().requires_grad_(False)
     positions, total = _measure(copied, input_shape)
     places = by_tensor(groups)
     tensors = {name: _tensor(p, places.get(name, []), positions.get(name, 0)) for name, p in copied.named_parameters()}
@@ -107,7 +107,7 @@ class MaskedCost:
     @staticmethod
     def of(model: nn.Module, input_shape: tuple[int, int, int]) -> MaskedCost:
         """For images of `input_shape`. One image runs through a copy; the model stays as it is."""
-        copied = copy.deepcopy(bare(model)).cpu().float().eval()
+        copied = copy.deepcopy(bare(model)).cpu().float().eval().requires_grad_(False)
         return MaskedCost(*_measure(copied, input_shape), sum(p.numel() for p in copied.parameters()))
 
     def row(self, masks: Masks) -> dict[str, int]:
@@ -120,7 +120,7 @@ class MaskedCost:
 
 def counted_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """MACs of one image as torch.utils.flop_counter counts them: half of its FLOPs."""
-    return _measure(copy.deepcopy(bare(model)).cpu().float().eval(), input_shape)[1]
+    return _measure(copy.deepcopy(bare(model)).cpu().float().eval().requires_grad_(False), input_shape)[1]
 
 
 @torch.no_grad()

@@ -143,6 +143,7 @@ class _Builder:
         self.nodes = 0
         self.edges: list[tuple[np.ndarray, np.ndarray]] = []
         self.outputs: set[Place] = set()
+        self.misread: dict[Place, str] = {}
 
     def groups(self) -> tuple[ChannelGroup, ...]:
         for one in self.coupled:
@@ -154,12 +155,13 @@ class _Builder:
                 if size == 1 and isinstance(self.modules.get(link.name), nn.PReLU):
                     continue  # one slope for all channels
                 whole = self._size((one.root, OUT))
-                for name, index, limit in ((link.name, link.index, size), (one.root, link.root, whole)):
-                    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < limit:
-                        raise UserError(f"the graph counts other channels of {name} than its {limit}")
-                self.edges.append((start + link.root, self._nodes(place) + link.index))
                 if one.output:
                     self.outputs.add(place)
+                odd = _outside((link.name, link.index, size), (one.root, link.root, whole))
+                if odd is None:
+                    self.edges.append((start + link.root, self._nodes(place) + link.index))
+                else:  # which channels go together is not known, so those of both stay
+                    self.misread |= {place: odd, (one.root, OUT): odd}
         self._join_within_modules()
         found = [self._group(units) for units in self._sorted_units()]
         found.sort(key=lambda group: self.order.get(group.name, -1))
@@ -261,6 +263,8 @@ class _Builder:
         modules = {part.module: self.modules[part.module] for part in parts if part.module}
         if places & self.outputs:
             return "it is the output of the model"
+        for place in sorted(places & self.misread.keys()):
+            return self.misread[place]
         for name, module in modules.items():
             if isinstance(module, _SPREADING):
                 return f"{type(module).__name__} {name} takes statistics over its channels"
@@ -277,6 +281,14 @@ class _Builder:
         if len(units) < 2:
             return "it has a single unit"
         return None
+
+
+def _outside(*indices: tuple[str, np.ndarray, int]) -> str | None:
+    """What is wrong with channels by (layer, indices, how many it has); None where all exist."""
+    for name, index, limit in indices:
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < limit:
+            return f"the graph counts other channels of {name} than its {limit}"
+    return None
 
 
 def _has_heads(module: nn.Module) -> bool:

@@ -22,18 +22,32 @@ from utils.training.extension import Extension
 
 
 class GatedModel(nn.Module):
-    """A frozen model whose channels are multiplied by gates, its only parameters that learn."""
+    """A model whose channels are multiplied by gates; frozen, its only parameters that learn."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], input_shape: tuple[int, int, int]) -> None:
-        """`model` is on its device and is frozen and hooked from here on. groups: those that may be pruned."""
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        input_shape: tuple[int, int, int],
+        frozen: bool = True,
+    ) -> None:
+        """`model` is on its device and is hooked from here on. groups: those that may be pruned.
+
+        frozen: its own parameters do not learn.
+        """
         super().__init__()
         device = next(model.parameters()).device
         self.names = [group.name for group in groups]
         self.values = nn.ParameterList([nn.Parameter(torch.ones(group.size, device=device)) for group in groups])
-        self.model = model.requires_grad_(False)
+        self.model = model.requires_grad_(not frozen)
         self.gates: dict[str, nn.Parameter] = dict(zip(self.names, self.values, strict=True))
         self.places = gate_places(model, groups, "norm", input_shape)
-        attach_gates(model, self.places, self.gates)
+        self._handles = attach_gates(model, self.places, self.gates)
+
+    def release(self) -> None:
+        """Take the gates off the model."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def forward(self, images: Tensor) -> Tensor:
         """What the gated model makes of images."""
@@ -81,5 +95,5 @@ def checked_gates(gates: Mapping[str, Tensor], groups: Sequence[ChannelGroup], s
     """Gates read from a file. Raises UserError naming it unless they are those of `groups`."""
     for group in groups:
         if group.name not in gates or tuple(gates[group.name].shape) != (group.size,):
-            raise UserError(f"{source}: has no gates for {group.size} channels of {group.name!r}; run level 0 again")
+            raise UserError(f"{source}: has no gates for {group.size} channels of {group.name!r}; run its level again")
     return {group.name: gates[group.name] for group in groups}

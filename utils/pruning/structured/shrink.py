@@ -102,6 +102,25 @@ def shrink_masks(masks: Masks, keep: Keep) -> Masks:
     return Masks({name: selected(mask, keep[name]) if name in keep else mask for name, mask in masks.items()})
 
 
+def enlarge_masks(masks: Masks, keep: Keep, like: Masks) -> Masks:
+    """The other way round: masks of the smaller model as masks of the whole one, `like` its masks by name and shape.
+
+    What is not left is False; entries of `like` that `masks` lack stay as they are.
+    """
+    found = {}
+    for name, whole in like.items():
+        if name not in masks:
+            found[name] = whole
+            continue
+        index = []
+        for dim, size in enumerate(whole.shape):
+            left = keep.get(name, {}).get(dim, torch.arange(size))
+            index.append(left.view([-1 if at == dim else 1 for at in range(whole.dim())]))
+        found[name] = torch.zeros_like(whole)
+        found[name][tuple(index)] = masks[name]
+    return Masks(found)
+
+
 def shrink_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, smaller: nn.Module, keep: Keep) -> None:
     """Make `optimizer`, of `model`, that of `smaller`, in place: its state is sliced as the weights are."""
     new = dict(bare(smaller).named_parameters())

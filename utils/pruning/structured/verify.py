@@ -21,8 +21,8 @@ from utils.pruning.structured.shrink import shrink
 from utils.system.errors import UserError
 
 TOLERANCE = 1e-8
-MOST_PROTECTED = 8
-"""More groups than these that do not shrink, and the model is refused: its structure is not understood."""
+MOST_PROTECTED = 48
+"""More groups than these that do not shrink, and the model is refused: finding them one by one takes too long."""
 
 
 def verified(

@@ -1,0 +1,96 @@
+"""Structured first, then unstructured: single weights within smaller networks; averages; what is refused no longer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.levels_cases import rows
+from tests.test_structured_levels import SHAPE, run, structured
+from utils import files, models
+from utils.masks import Masks
+from utils.models.widths import WidthFile
+from utils.params import Params
+from utils.pruning.structured.cost import counted_macs
+from utils.reporting.verify import verify
+from utils.system.distributed import World
+from utils.system.rundir import RunDir
+from utils.training.evaluate import evaluate
+
+KEYS = {
+    "pruning__moment": "levels",
+    "structured__keep": [0.7, 0.5],
+    "pruning__density": 0.4,
+    "training__ema": 0.5,
+    "recipe__smoothing__schedule": "constant",
+    "training__gradient_norms": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, RunDir]:
+    params = structured(tmp_path_factory.mktemp("singles"), 1, **KEYS)
+    return params, run(params)
+
+
+def test_each_level_keeps_its_share_of_the_smaller_network(finished: tuple[Params, RunDir]) -> None:
+    directory = finished[1]
+    table = rows(directory.levels_csv)
+    assert not directory.level(0).mask.exists()
+    assert verify(directory) == []
+    for number in (1, 2):
+        place, row = directory.level(number), table[number]
+        network = models.rebuild(place.widths, place.weights)
+        masks = Masks.load(place.mask, network)
+        assert masks.kept == int(0.4 * masks.total + 0.5) == int(row["kept_weights"])
+        assert float(row["density"]) == masks.kept / int(row["prunable_weights"])
+        assert row["mask_digest"] == masks.digest
+        parameters = dict(network.named_parameters())
+        assert all(not bool((parameters[name] != 0)[~mask].any()) for name, mask in masks.items())
+        assert int(row["macs"]) < 0.6 * counted_macs(network, SHAPE)
+        assert row["criterion"] == "l1, magnitude"
+        layers = {layer["name"]: layer for layer in rows(place.layers)}
+        assert int(layers["layer1.0.conv1.weight"]["kept"]) == masks.counts["layer1.0.conv1.weight"]
+
+
+def test_masks_carry_over_to_the_next_level(finished: tuple[Params, RunDir]) -> None:
+    """Of one layer, by hand: what level 1 pruned among the channels that level 2 keeps stays pruned."""
+    directory = finished[1]
+    name, group, reads = "layer2.1.conv1.weight", "layer2.1.conv1", "layer2.0.conv2"
+    whole = []
+    for number in (1, 2):
+        place = directory.level(number)
+        channels = WidthFile.load(place.widths).facts["channels"]
+        mask = Masks.load(place.mask, models.rebuild(place.widths))[name]
+        full = torch.zeros(32, 32, 3, 3, dtype=torch.bool)
+        for row, unit in enumerate(channels[group]):
+            for column, other in enumerate(channels[reads]):
+                full[unit, other] = mask[row, column]
+        whole.append(full)
+    assert int(whole[1].sum()) < int(whole[0].sum())
+    assert not bool((whole[1] & ~whole[0]).any())
+
+
+def test_averages_are_written_and_are_what_the_row_says(finished: tuple[Params, RunDir]) -> None:
+    params, directory = finished
+    for number in (0, 2):
+        place = directory.level(number)
+        raw, average = files.load_weights(place.weights), files.load_weights(place.average)
+        assert {name: t.shape for name, t in raw.items()} == {name: t.shape for name, t in average.items()}
+        assert not torch.equal(raw["conv1.weight"], average["conv1.weight"])
+        found = evaluate(params, place, True, World(), torch.device("cpu"))
+        assert found.agreement == "exact"
+        assert place.gradients.is_file()
+
+
+def test_fresh_weights_are_pruned_too(tmp_path: Path) -> None:
+    keys = {"structured__criterion": "random", "structured__fresh": True, "pruning__criterion": "snip"}
+    directory = run(structured(tmp_path, 0, pruning__density=0.3, **keys))
+    place = directory.level(0)
+    fresh = models.rebuild(place.widths)
+    masks = Masks.load(place.mask, fresh)
+    assert masks.kept == int(0.3 * masks.total + 0.5)
+    masks.apply_(fresh)
+    assert files.digest(files.state_of(fresh)) == files.digest(files.load_weights(place.weights))
