@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -87,7 +86,7 @@ class Masks(Mapping[str, torch.Tensor]):
     @functools.cached_property
     def counts(self) -> dict[str, int]:
         """Kept weights per parameter."""
-        return {name: int(np.count_nonzero(t.numpy())) for name, t in self._tensors.items()}  # 30 x as fast as a sum
+        return {name: int(t.count_nonzero()) for name, t in self._tensors.items()}  # faster than a sum
 
     @property
     def kept(self) -> int:
@@ -207,6 +206,8 @@ def _in_model_order(masks: Masks, model: nn.Module) -> Masks:
 
 
 def _pack(tensor: torch.Tensor) -> bytes:
+    import numpy as np
+
     return np.packbits(tensor.numpy().reshape(-1)).tobytes()
 
 
