@@ -55,7 +55,7 @@ PARTS = {
 
 
 class Stopwatch:
-    """Seconds of each part, level by level, and of whole changes: from the start of a level to its training."""
+    """CPU seconds of each part, level by level, and of whole changes: from the start of a level to its training."""
 
     def __init__(self) -> None:
         self.parts: list[dict[str, float]] = [{}]
@@ -73,19 +73,19 @@ class Stopwatch:
             yield
 
     def _part(self, label: str, call: Any, *args: Any, **kwargs: Any) -> Any:
-        begin = time.perf_counter()
+        begin = time.process_time()
         try:
             return call(*args, **kwargs)
         finally:
-            self.parts[-1][label] = self.parts[-1].get(label, 0.0) + time.perf_counter() - begin
+            self.parts[-1][label] = self.parts[-1].get(label, 0.0) + time.process_time() - begin
 
     def _level(self, call: Any, *args: Any) -> Any:
         self.parts.append({})
-        self._begin = time.perf_counter()
+        self._begin = time.process_time()
         return call(*args)
 
     def _train(self, compiled: Any, call: Any, *args: Any) -> Any:
-        self.whole.append(time.perf_counter() - self._begin)
+        self.whole.append(time.process_time() - self._begin)
         self.parts.append(dict(self.parts[-1]))  # what is timed from here on belongs to no change
         found = call(*args)
         self.compiled.append(compiled())

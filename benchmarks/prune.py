@@ -41,10 +41,18 @@ Select = Callable[[Mapping[str, Tensor], Masks, int], dict[str, Tensor]]
 
 
 def by_kthvalue(scores: Mapping[str, Tensor], masks: Masks, keep: int) -> dict[str, Tensor]:
-    """The published selection: all scores end to end, the threshold below the `keep` highest, what exceeds it."""
+    """The published selection: all scores end to end, the threshold below the `keep` highest, what exceeds it.
+
+    Of scores that tie with the threshold it would keep none; here the seeded order of ties fills up what is missing.
+    """
     flat = torch.cat([score.flatten() for score in scores.values()])
     threshold = torch.kthvalue(flat, len(flat) - keep).values
-    return {name: score > threshold for name, score in scores.items()}
+    found = {name: score > threshold for name, score in scores.items()}
+    if missing := keep - sum(int(mask.count_nonzero()) for mask in found.values()):
+        tied = {name: (score == threshold) & masks[name] for name, score in scores.items()}
+        more = top(Pool(tuple(layers_of(scores, tied, 0)), missing))
+        found = {name: mask | more[name] for name, mask in found.items()}
+    return found
 
 
 def by_sieve(scores: Mapping[str, Tensor], masks: Masks, keep: int) -> dict[str, Tensor]:
