@@ -12,6 +12,7 @@ import sys
 import harness_params
 from utils.params.identity import run_path
 from utils.system.errors import ParamError, UserError
+from utils.system.imports import uncollected
 from utils.system.launcher import Launcher
 from utils.system.optional import ONNX, require
 from utils.system.rundir import RunDir
@@ -29,12 +30,14 @@ def main() -> None:
         print(RunDir(run_path(params)).status_of(params.levels.only))
         return
     # torch is imported only once the config is known to be good: a typo is told in under a second.
-    import harness_utils
+    with uncollected():
+        import harness_utils
 
     if params.run.plan:
         harness_utils.print_plan(params)
         return
-    from utils import levels, reporting, structured_levels
+    with uncollected():
+        from utils import levels, reporting, structured_levels
 
     driver = levels.Driver if params.structured.budget is None else structured_levels.StructuredDriver
     with harness_utils.process(params, launcher=launcher) as here:

@@ -86,7 +86,7 @@ class Masks(Mapping[str, torch.Tensor]):
     @functools.cached_property
     def counts(self) -> dict[str, int]:
         """Kept weights per parameter."""
-        return {name: int(t.sum()) for name, t in self._tensors.items()}
+        return {name: int(t.count_nonzero()) for name, t in self._tensors.items()}  # faster than a sum
 
     @property
     def kept(self) -> int:
@@ -175,6 +175,17 @@ class Masks(Mapping[str, torch.Tensor]):
         if metadata.get("digest", None if ours else masks.digest) != masks.digest:
             raise UserError(f"{path}: its digest does not match its bits; the file is damaged, make it anew")
         return _in_model_order(masks, model) if model is not None else masks
+
+
+def filled(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A copy of `values` (floating point, any strides) with 0.0 where `mask`, on their device, is False.
+
+    Not a product, whose inf * 0 is NaN: the bits are cleared. On CPUs several times faster than `masked_fill` or
+    `where`, which branch on every weight.
+    """
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    keep = mask.view(torch.int8).neg().to(bits)  # all ones, or none
+    return (values.view(bits) & keep).view(values.dtype)
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], model: nn.Module, source: str) -> None:

@@ -133,7 +133,7 @@ class Sparsity:
         bad = []
         for name, p in self._parameters.items():
             tensors = [p, *self._state_of(p)]
-            if any(bool((_bits(t)[self._words[name] == 0] != 0).any()) for t in tensors):
+            if any(bool((_bits(t) & ~self._words[name]).any()) for t in tensors):
                 bad.append(name)
         return bad
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.pruning.preserve import preserved
+from utils.pruning.preserve import preserved, unchanged
 
 
 def net() -> Any:
@@ -79,7 +79,7 @@ def test_modes(batchnorm: str, norm: bool, dropout: bool) -> None:
 
 def test_a_changed_parameter_is_named() -> None:
     model = net()
-    with pytest.raises(RuntimeError, match=r"scoring changed parameter '4.weight'"), preserved(model, "none"):
+    with pytest.raises(RuntimeError, match=r"scoring changed parameter '4.weight'"), unchanged(model):
         model[4].weight.data[0, 0] += 1e-7
 
 
@@ -87,15 +87,15 @@ def test_a_swap_of_two_weights_and_a_sign_of_zero_are_changes() -> None:
     model = net()
     with torch.no_grad():
         model[0].weight[0, 0, 0, 0] = 0.0
-    with pytest.raises(RuntimeError, match=r"'0.weight'"), preserved(model, "none"):
+    with pytest.raises(RuntimeError, match=r"'0.weight'"), unchanged(model):
         model[0].weight.data[0, 0, 0, 0] = -0.0
-    with pytest.raises(RuntimeError, match=r"'4.weight'"), preserved(model, "none"):
+    with pytest.raises(RuntimeError, match=r"'4.weight'"), unchanged(model):
         model[4].weight.data = model[4].weight.data.flip(0)
 
 
 def test_a_change_that_is_undone_is_no_change() -> None:
     model = net()
-    with preserved(model, "none"), torch.no_grad():
+    with unchanged(model), torch.no_grad():
         saved = model[0].weight.clone()
         model[0].weight.abs_()
         model[0].weight.copy_(saved)

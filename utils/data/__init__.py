@@ -25,6 +25,7 @@ from utils.params import Data, Params
 from utils.system.cpus import allowed_cpus
 from utils.system.distributed import from_main, world
 from utils.system.errors import UserError
+from utils.system.imports import uncollected
 
 __all__ = [
     "DataSpec",
@@ -266,7 +267,8 @@ def _ffcv_trouble() -> str | None:
             "libturbojpeg0-dev and pkg-config"
         )
     try:
-        importlib.import_module("utils.data.ffcv_import")
+        with uncollected():
+            importlib.import_module("utils.data.ffcv_import")
     except UserError as error:  # built for another Python, or a shared library is gone
         return str(error)
     return None

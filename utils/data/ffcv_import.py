@@ -26,13 +26,31 @@ def kept_torch_threads() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
+@contextlib.contextmanager
+def plain_dictionaries() -> Iterator[None]:
+    """Within it `numba.typed.Dict` is `dict`.
+
+    FFCV fills one as it is imported, for which numba compiles three seconds long in every process; FFCV only ever reads
+    two numbers from it, outside compiled code.
+    """
+    import numba.typed
+
+    own = numba.typed.Dict
+    numba.typed.Dict = dict
+    try:
+        yield
+    finally:
+        numba.typed.Dict = own
+
+
 with kept_torch_threads():
     if sys.version_info >= (3, 12):
         with contextlib.suppress(ImportError):
             import setuptools  # noqa: F401
     try:
+        with plain_dictionaries():
+            from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         from ffcv.fields.basics import IntDecoder
-        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         from ffcv.libffcv import ctypes_imdecode, ctypes_resize
         from ffcv.memory_managers import OSCacheManager, ProcessCacheManager
         from ffcv.memory_managers.os_cache import OSCacheContext

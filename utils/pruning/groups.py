@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from utils.params.pattern import Pattern
+from utils.pruning.kth import kth
 from utils.pruning.patterns import labels
 from utils.pruning.select import Layer, Pool, priority
 
@@ -190,7 +191,7 @@ def _cut(scores: np.ndarray, sizes: np.ndarray, room: int) -> np.floating:
     A binary search by medians, linear in the number of groups. All groups together must hold more than `room`.
     """
     while True:
-        middle: np.floating = np.partition(scores, len(scores) // 2)[len(scores) // 2]
+        middle = kth([(scores, None)], len(scores), len(scores) // 2)
         above = scores > middle
         held = int(sizes[above].sum())
         if held > room:

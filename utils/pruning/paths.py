@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from utils.data.stateless import derive
-from utils.masks import Masks, bare, prunable_parameters
+from utils.masks import Masks, bare, filled, prunable_parameters
 from utils.pruning.criteria._flow import flow, is_bias, neutral, ones, replaced
 from utils.system.errors import UserError
 
@@ -109,9 +109,10 @@ def _values(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
         if is_bias(name):
             values[name] = torch.zeros_like(parameter, dtype=torch.float64)
             continue
-        value = values[name] = _random(parameter, name)
+        value = _random(parameter, name)
         if name in masks:
-            value.masked_fill_(masks[name].logical_not().to(value.device), 0.0)
+            value = filled(value, masks[name].to(value.device))
+        values[name] = value
         if name in weights and value.ndim > 1:
             rows = value.view(len(value), -1)
             sums = rows.sum(1, keepdim=True)

@@ -16,15 +16,28 @@ from utils.pruning.criteria._flow import replaced
 
 
 @contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Check that the body leaves every parameter of `model` bitwise alone; RuntimeError names the first that differs.
+
+    They are compared by digest, which costs no copy of them but reads them twice: one guard does for all the rounds of
+    a pruning. Nothing is compared after an error.
+    """
+    before = _digests(model)
+    yield
+    after = _digests(model)
+    if after != before:
+        changed = [name for name in before if after.get(name) != before[name]] or sorted(after.keys() - before.keys())
+        raise RuntimeError(f"scoring changed parameter {changed[0]!r}; a criterion must leave the model as it found it")
+
+
+@contextlib.contextmanager
 def preserved(model: nn.Module, batchnorm: str) -> Iterator[None]:
     """Run the body on `model` in eval mode, BatchNorm in the mode named, gradients cleared; then restore everything.
 
     Gradients, requires_grad, buffers, training flags and the random states of torch, numpy and Python are put back,
-    also after an error. Parameters are compared by digest, which costs no copy of them: RuntimeError names the first
-    that differs. SyncBatchNorm takes the statistics of this rank's batch alone. batchnorm: `eval`, `train`, or `none`,
-    which leaves all training flags alone.
+    also after an error. Parameters must not change: `unchanged` checks that. SyncBatchNorm takes the statistics of this
+    rank's batch alone. batchnorm: `eval`, `train`, or `none`, which leaves all training flags alone.
     """
-    before = _digests(model)
     flags = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
@@ -42,10 +55,6 @@ def preserved(model: nn.Module, batchnorm: str) -> Iterator[None]:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad
             _restore_buffers(buffers)
-    after = _digests(model)
-    if after != before:
-        changed = [name for name in before if after.get(name) != before[name]] or sorted(after.keys() - before.keys())
-        raise RuntimeError(f"scoring changed parameter {changed[0]!r}; a criterion must leave the model as it found it")
 
 
 def _local(module: nn.SyncBatchNorm) -> Callable[..., torch.Tensor]:

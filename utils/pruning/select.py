@@ -9,8 +9,8 @@ A layer with a floor first keeps that many of its own best; the rest of the pool
 The scores kept then add up to the most that the floors allow: whatever meets them can be turned into this choice by
 exchanging a weight for one that scores no less.
 
-The threshold comes from numpy's partition, several times faster than a sort or torch.kthvalue on large CPUs' vectors;
-it is a value of the scores themselves, so the result does not depend on the algorithm that found it.
+The threshold comes from `utils.pruning.kth`; it is a value of the scores themselves, so the result does not depend on
+the algorithm that found it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from utils.data.stateless import derive, uniform
+from utils.pruning.kth import kth
 
 _CHUNK = 1 << 18
 _BINS = 1 << 12
@@ -91,7 +92,7 @@ def layers_of(scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tens
 def top(pool: Pool) -> dict[str, torch.Tensor]:
     """Bool masks, by name in the parameters' shapes, that keep exactly the `pool.keep` best live weights.
 
-    Raises ValueError when the pool has fewer live weights than that, or more in its floors.
+    Raises ValueError when the pool has fewer live weights than that, or more in its floors, and for NaN.
     """
     alive, floors = sum(layer.alive for layer in pool.layers), sum(layer.floor for layer in pool.layers)
     if not floors <= pool.keep <= alive:
@@ -121,19 +122,8 @@ def _top_above_floors(pool: Pool, left: int) -> dict[str, torch.Tensor]:
 
 def _threshold(pool: Pool, alive: int) -> np.floating:
     """The score of rank `pool.keep` (1 is the highest) among the live weights."""
-    buffer = np.empty(alive, dtype=pool.layers[0].scores.dtype)
-    start = 0
-    for layer in pool.layers:
-        part = buffer[start : start + layer.alive]
-        if layer.alive == layer.size:
-            part[:] = layer.scores
-        else:
-            np.compress(layer.live, layer.scores, out=part)
-        start += layer.alive
-    rank = alive - pool.keep
-    buffer.partition(rank)
-    value: np.floating = buffer[rank]
-    return value
+    parts = [(layer.scores, None if layer.alive == layer.size else layer.live) for layer in pool.layers if layer.alive]
+    return kth(parts, alive, alive - pool.keep)
 
 
 def _at_least(layer: Layer, threshold: np.floating) -> np.ndarray:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from utils.system.errors import UserError
+from utils.system.imports import uncollected
 
 T = TypeVar("T")
 
@@ -76,10 +77,11 @@ class Registry(Generic[T]):
         if self._loaded:
             return
         self._loaded = True
-        home = importlib.import_module(HOMES[self.kind])
-        for info in pkgutil.iter_modules(getattr(home, "__path__", [])):
-            if not info.name.startswith("_"):
-                importlib.import_module(f"{home.__name__}.{info.name}")
+        with uncollected():
+            home = importlib.import_module(HOMES[self.kind])
+            for info in pkgutil.iter_modules(getattr(home, "__path__", [])):
+                if not info.name.startswith("_"):
+                    importlib.import_module(f"{home.__name__}.{info.name}")
 
     def entry(self, name: str) -> Entry[T]:
         """The entry called `name`. Raises `UserError` with the nearest known name."""

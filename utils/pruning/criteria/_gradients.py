@@ -13,12 +13,13 @@ complete.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 
 import torch
 from torch import Tensor, nn
 
-from utils.masks import Masks
+from utils.masks import Masks, filled
 from utils.pruning.criteria import Batches, Loss
 from utils.system.distributed import sum_over_ranks
 from utils.training.double_backward import math_attention
@@ -125,6 +126,12 @@ class Sums:
 
         return add
 
+    def add(self, samples: int, grads: Mapping[str, Tensor]) -> None:
+        """Add `samples` times these gradients, by name."""
+        for name, grad in grads.items():
+            self._adder(name, samples, square=False)(grad)
+        self._samples += samples
+
     def means(self, rounded: bool = True) -> dict[str, Tensor]:
         """Means over all samples of all ranks, in the precision of scores or else in float64. Ends these sums.
 
@@ -181,33 +188,72 @@ def times_weights(model: nn.Module, masks: Masks, tensors: dict[str, Tensor]) ->
 
 
 def hessian_products(
-    model: nn.Module, masks: Masks, batches: Batches, loss: Loss, vectors: Mapping[str, Tensor]
+    model: nn.Module,
+    masks: Masks,
+    batches: Batches,
+    loss: Loss,
+    vectors: Mapping[str, Tensor],
+    first: tuple[int, dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Hessian of the mean loss times `vectors`, both over the prunable weights alone, at the current weights.
 
     Taken micro-batch by micro-batch as the gradient of <vector, grad L_b>, whose graph is freed before the next.
-    batches: this rank's share. Raises ValueError when no rank has a batch.
+    batches: this rank's share. first: samples of a micro-batch that is not among them and its gradients with graph,
+    which are taken out. Raises ValueError when no rank has a batch.
     """
     found = weights(model, masks)
-    sums = Sums(found)
+    sums, (samples, grads) = Sums(found), first or (0, {})
     with only(model, masks), math_attention():
+        _add_products(sums, samples, grads, vectors)
+        grads.clear()  # and the graph with it, before the next
         for batch in batches:
-            value = loss(model, batch)
-            grads = _gradient_graph(value, found)
-            with sums.collecting(len(batch[0])):
-                if grads:
-                    # The vectors go in as outer gradients: no product as large as the weights is formed.
-                    torch.autograd.backward(list(grads.values()), [vectors[name].to(g) for name, g in grads.items()])
-            del value, grads
+            _add_products(sums, len(batch[0]), _gradient_graph(loss(model, batch), found), vectors)
     return sums.means()
 
 
+def gradient_products(
+    model: nn.Module, masks: Masks, batches: Batches, loss: Loss, live: bool = False
+) -> dict[str, Tensor]:
+    """`hessian_products` with the mean gradient of the same batches as the vectors: H g, or H (m g) with `live`.
+
+    The graph of this rank's last micro-batch is kept from the first pass to the second, which begins with it: one
+    forward and one backward pass less, in no more memory. Raises ValueError when no rank has a batch.
+    """
+    found = weights(model, masks)
+    shared = batches if isinstance(batches, Sized) else list(batches)
+    sums, last, kept = Sums(found), len(shared) - 1, (0, dict[str, Tensor]())
+    with only(model, masks), math_attention():  # g by the kernels that H has, so that the two belong to one function
+        for number, batch in enumerate(shared):
+            value, samples = loss(model, batch), len(batch[0])
+            if number == last:
+                kept = samples, _gradient_graph(value, found)
+                sums.add(samples, kept[1])
+            else:
+                with sums.collecting(samples):
+                    if value.requires_grad:
+                        value.backward()
+            del value
+        vectors = sums.means()
+        if live:
+            vectors = {name: filled(vector, masks[name].to(vector.device)) for name, vector in vectors.items()}
+        return hessian_products(model, masks, itertools.islice(shared, max(0, last)), loss, vectors, kept)
+
+
+def _add_products(sums: Sums, samples: int, grads: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> None:
+    """Add `samples` times the gradient of <vectors, grads> to `sums`. Ends the graph of `grads`."""
+    curved = {name: grad for name, grad in grads.items() if grad.requires_grad}  # those that depend on the weights
+    with sums.collecting(samples):
+        if curved:
+            # The vectors go in as outer gradients: no product as large as the weights is formed.
+            torch.autograd.backward(list(curved.values()), [vectors[name].to(g) for name, g in curved.items()])
+
+
 def _gradient_graph(value: Tensor, found: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Gradients of `value` that depend on the weights themselves, with graph."""
+    """Gradients of `value` with graph, of those weights that it depends on."""
     if not value.requires_grad or not found:
         return {}
     grads = torch.autograd.grad(value, list(found.values()), create_graph=True, allow_unused=True)
-    return {name: grad for name, grad in zip(found, grads, strict=True) if grad is not None and grad.requires_grad}
+    return {name: grad for name, grad in zip(found, grads, strict=True) if grad is not None}
 
 
 def _free(weight: Tensor) -> None:

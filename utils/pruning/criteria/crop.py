@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from utils.masks import Masks
 from utils.pruning.criteria import Batches, Loss, Scores, criterion
-from utils.pruning.criteria._gradients import hessian_products, inside, mean_gradients, times_weights
+from utils.pruning.criteria._gradients import gradient_products, inside, times_weights
 from utils.pruning.criteria._temperature import tempered
-from utils.training.double_backward import math_attention
 
 
 @criterion("crop", batchnorm="eval", reads="train", batches=5)
@@ -34,9 +33,5 @@ def crop(
         return loss(tempered(net, temperature), batch)
 
     with inside(model, masks):
-        with math_attention():  # g by the kernels that H has, so that the two belong to one function
-            vectors = mean_gradients(model, masks, batches, cooled)
-        for name, vector in vectors.items():
-            vector.masked_fill_(~masks[name].to(vector.device), 0.0)
-        products = hessian_products(model, masks, batches, cooled, vectors)
+        products = gradient_products(model, masks, batches, cooled, live=True)
     return {name: score.abs_() for name, score in times_weights(model, masks, products).items()}

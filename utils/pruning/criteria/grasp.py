@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from utils.masks import Masks
 from utils.pruning.criteria import Batches, Loss, Scores, criterion
-from utils.pruning.criteria._gradients import hessian_products, inside, mean_gradients, times_weights
+from utils.pruning.criteria._gradients import gradient_products, inside, times_weights
 from utils.pruning.criteria._temperature import tempered
-from utils.training.double_backward import math_attention
 
 
 @criterion("grasp", batchnorm="train", reads="train", samples_per_class=25, signed=True)
@@ -34,7 +33,5 @@ def grasp(
         return loss(tempered(net, temperature), batch)
 
     with inside(model, masks):
-        with math_attention():  # g by the kernels that H has, so that the two belong to one function
-            vectors = mean_gradients(model, masks, batches, cooled)
-        products = hessian_products(model, masks, batches, cooled, vectors)
+        products = gradient_products(model, masks, batches, cooled)
     return times_weights(model, masks, products)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from utils.masks import Masks, bare
+from utils.masks import Masks, bare, filled
 from utils.pruning.criteria import Batches, Loss, Scores, criterion
 from utils.pruning.criteria._flow import flow, is_bias, neutral, ones
 from utils.system.errors import UserError
@@ -83,5 +83,5 @@ def _positive(name: str, parameter: Tensor, masks: Masks) -> Tensor:
         return torch.zeros_like(parameter, dtype=torch.float64)
     value = parameter.abs()  # exact in any precision, so the narrow one is the cheaper
     if name in masks and masks.counts[name] < parameter.numel():
-        value.masked_fill_(masks[name].logical_not().to(parameter.device), 0.0)
+        value = filled(value, masks[name].to(parameter.device))
     return value.double()

@@ -18,8 +18,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -219,6 +217,10 @@ class _Builder:
     def _sorted_units(self) -> Iterator[list[dict[Place, np.ndarray]]]:
         """The units of each group: per place the channels of a unit, rising; units in the order of their channels."""
         heads, tails = (np.concatenate(ends) for ends in zip(*self.edges, strict=True))
+        # Here, not above: every run imports this module, and scipy's graphs take a third of a second.
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
+
         graph = coo_matrix((np.ones(len(heads)), (heads, tails)), shape=(self.nodes, self.nodes))
         _, label = connected_components(graph, directed=False)
         units: dict[int, dict[Place, np.ndarray]] = {}

@@ -23,7 +23,7 @@ from torch import nn
 from utils.data.stateless import derive
 from utils.masks import bare
 from utils.pruning.criteria import Batches, Loss
-from utils.pruning.preserve import preserved
+from utils.pruning.preserve import preserved, unchanged
 from utils.pruning.structured.groups import WRITE, ChannelGroup
 from utils.system import distributed
 from utils.system.errors import UserError
@@ -63,7 +63,7 @@ def score_units(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(derive("channel criterion", seed))
     open_groups = [group for group in groups if group.protected is None]
-    with preserved(model, "eval"), torch.autocast(device.type, enabled=False):
+    with unchanged(model), preserved(model, "eval"), torch.autocast(device.type, enabled=False):
         scores = channel_criterion[name](model, open_groups, evidence, generator=generator)
     return {g.name: distributed.broadcast(scores[g.name].detach().double().to(device)).cpu() for g in open_groups}
 

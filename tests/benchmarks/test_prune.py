@@ -1,0 +1,90 @@
+"""The gates of the selection, pruning and level measurements, on small cases, and that they can fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import level, prune, select
+from benchmarks.measure import Report
+from utils.masks import Masks, filled
+
+
+def test_the_selection_gates_hold_and_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report("select", out=tmp_path)
+    select.check(report, 20_000)
+    assert len(report.rows) == 8
+    monkeypatch.setattr(select.Case, "sorted_mask", lambda case: case.live)
+    with pytest.raises(SystemExit):
+        select.check(report, 20_000)
+
+
+def test_a_small_selection_is_measured(tmp_path: Path) -> None:
+    assert select.main(["--sizes", "30000", "--rounds", "1", "--sort-rounds", "1", "--out", str(tmp_path)]) == 0
+    assert "k-th score" in (tmp_path / "select.csv").read_text(encoding="utf-8")
+
+
+class Tiny(nn.Module):
+    """A convolution, a norm and a linear layer, for images of SHAPE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def test_synflow_of_the_harness_is_that_of_the_plain_loop() -> None:
+    model = Tiny()
+    found = prune.harness_masks(model, 7)
+    assert found.kept == round(0.05 * found.total)
+    for select_by in (prune.by_kthvalue, prune.by_sieve):
+        assert prune.loop(model, 7, select_by, torch.float64) == found
+
+
+def test_kthvalue_of_ties_is_filled_up_by_the_seeded_order() -> None:
+    masks = Masks({"w": torch.ones(50, dtype=torch.bool)})
+    scores = {"w": (torch.arange(50) // 10).float()}
+    found = prune.by_kthvalue(scores, masks, 17)["w"]
+    assert torch.equal(found, prune.by_sieve(scores, masks, 17)["w"])
+    assert int(found.sum()) == 17
+
+
+def test_products_agree_with_differences_of_the_gradient() -> None:
+    assert prune.hessian_error(Tiny().double(), prune.images(4, 3)) < 1e-5
+
+
+def test_memory_counts_what_lives_at_once() -> None:
+    def work() -> None:
+        for _ in range(3):
+            torch.ones(1000) + 1
+
+    assert prune.peak_bytes(work) == 8000
+
+
+def test_levels_compile_nothing_new_and_keep_exact_counts(tmp_path: Path) -> None:
+    pytest.importorskip("ffcv")
+    watch, masks, alive = level.run_levels(tmp_path, "cifar/resnet20", 2)
+    assert [one.kept for one in masks] == [270_896, 135_448]
+    assert alive == 0
+    assert watch.compiled[0] == watch.compiled[1]
+    ((whole, parts),) = watch.changes()
+    assert 0 < parts["selecting"] < whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_filled_clears_bits_where_a_product_would_not(dtype: torch.dtype) -> None:
+    values = torch.tensor([[np.inf, -1.5, np.nan], [-0.0, 2.0, -np.inf]], dtype=dtype)
+    mask = torch.tensor([[False, True, False], [False, True, True]])
+    expected = torch.tensor([[0.0, -1.5, 0.0], [0.0, 2.0, -np.inf]], dtype=dtype)
+    for given in (values, values.t().contiguous().t()):
+        found = filled(given, mask)
+        assert torch.equal(found, expected)
+        assert not torch.signbit(found[~mask]).any()
+    assert torch.isnan(values[0, 2])
