@@ -65,14 +65,14 @@ def finished_weights(run: str | Path, number: int, key: str = "--level") -> Path
 def open_level(run: str | Path, number: int) -> Iterator[OpenLevel]:
     """Level `number` of the run in folder `run`. Raises UserError for a level that is not finished."""
     params = params_of(run)
-    weights = finished_weights(run, number)
+    finished_weights(run, number)  # before any data is fetched
     data.prepare(params)
     device = choose_device(params.run.device, World())
     shard = Shard(batch_size=params.training.batch_size, accumulation=params.training.accumulation)
     workers = params.data.workers or data.default_workers(1)
     loaders = data.build(params, shard, device, False, workers)
     try:
-        model = network_of(params, place.level(number)).to(device)
+        model = network_of(params, RunDir(Path(run)).level(number)).to(device)
         yield OpenLevel(params, model.eval(), loaders, device)
     finally:
         loaders.close()
