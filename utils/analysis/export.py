@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.analysis.level import network_of
+from utils.analysis.level import network_of, params_of
 from utils.data.resolve import resolve
 from utils.models.onnx_file import read_facts, write_onnx
 from utils.params import Params
-from utils.params.load import build
-from utils.params.yaml_file import read_yaml
 from utils.reporting import read_row
 from utils.system.errors import UserError
 from utils.system.rundir import LevelDir, RunDir
@@ -29,13 +27,11 @@ def export_levels(params: Params, run: RunDir, levels: Sequence[int]) -> list[st
 
 def export_run(run: str | Path, level: int, out: Path, average: bool = False) -> str:
     """Write one level of the run in folder `run` to `out`; returns a line about it. Raises UserError."""
-    place = RunDir(Path(run))
-    if not place.config.is_file():
-        raise UserError(f"{run}: not a run directory (no config.yaml in it)")
+    place, params = RunDir(Path(run)), params_of(run)
     if not place.level(level).row.is_file():
         found = ", ".join(str(number) for number in place.levels() if place.level(number).row.is_file()) or "none"
         raise UserError(f"{run}: level {level} is not finished (finished: {found}); choose another --level")
-    return export_level(build(read_yaml(place.config)), place.level(level), out, average)
+    return export_level(params, place.level(level), out, average)
 
 
 def export_level(params: Params, place: LevelDir, out: Path, average: bool = False) -> str:
