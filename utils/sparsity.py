@@ -13,7 +13,7 @@ copies into them, so that addresses captured by a CUDA graph or a compiled step 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,11 @@ class Sparsity:
     def masks(self) -> Masks:
         """The masks enforced now."""
         return self._masks
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters held, by name."""
+        return self._parameters
 
     def watch(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Enforce the masks after the steps of this optimizer, instead of the one before it."""
@@ -104,6 +109,10 @@ class Sparsity:
         """Let gradients of pruned weights through (a mask update reads them), until switched back."""
         self._gate.dense = dense
 
+    def late_gradients(self, late: bool) -> None:
+        """Leave masking the gradients to whoever steps, who must read none at pruned places, until switched back."""
+        self._gate.late = late
+
     def violations(self) -> list[str]:
         """Names of parameters with a pruned weight or optimizer state that is not exactly +0.0."""
         bad = []
@@ -127,16 +136,17 @@ class Sparsity:
 
 
 class _Gate:
-    """Whether gradients pass unmasked just now."""
+    """Whether gradients pass unmasked just now: for a mask update to read, or because the step masks them itself."""
 
     dense = False
+    late = False
 
 
 def _gradient_hook(words: torch.Tensor, gate: _Gate) -> Callable[[torch.Tensor], None]:
     # It must not hold the parameter it hangs on: autograd's hooks are no part of Python's cycle collection, and the
     # model would never be freed.
     def mask(p: torch.Tensor) -> None:
-        if p.grad is not None and not gate.dense:
+        if p.grad is not None and not (gate.dense or gate.late):
             _zero(p.grad, words)
 
     return mask
