@@ -105,12 +105,10 @@ class _Rule:
 
     def _adam(self, group: dict[str, Any], parameters: list[Tensor], live: Mapping[int, Tensor]) -> None:
         by_step: dict[float, list[Tensor]] = {}
-        for p in parameters:
-            state = self.optimizer.state[p]
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-            state["step"] += 1
-            by_step.setdefault(state["step"].item(), []).append(p)
+        counters = [self._counter(p) for p in parameters]
+        torch._foreach_add_(counters, 1)
+        for p, counter in zip(parameters, counters, strict=True):
+            by_step.setdefault(counter.item(), []).append(p)
         for step, some in by_step.items():
             moments = [[self._state(p, key) for p in some] for key in ("exp_avg", "exp_avg_sq")]
             gradients, arrays = self._arrays(some, live)
@@ -122,6 +120,13 @@ class _Rule:
                 )
             )  # fmt: skip
             del gradients
+
+    def _counter(self, p: Tensor) -> Tensor:
+        state = self.optimizer.state[p]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        counter: Tensor = state["step"]
+        return counter
 
     def _state(self, p: Tensor, key: str) -> Tensor:
         """The state tensor in the parameter's strides; zeros where there is none yet."""
