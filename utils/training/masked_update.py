@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from utils import native
 from utils.sparsity import Sparsity
 
-_VECTORS = {"AVX2": 8, "AVX512": 16}
-"""float32 values in a vector register, by what torch calls the CPU's capability."""
+_CAPABILITIES = ("AVX2", "AVX512")
+"""What torch calls CPUs on which it multiplies and adds in one rounding, as the native update does."""
+_VECTOR = 8
+"""float32 values in a vector of torch's fused Adam, which has no version for wider registers."""
 _UNKNOWN = ("maximize", "amsgrad", "differentiable", "capturable")
 """Options of torch's optimizers, off by default, that the native update does not know."""
-_TRIAL_SIZES, _TRIAL_STEPS = (101, 64, 3), 4
+_TRIAL_SIZES, _TRIAL_STEPS = (101, 64, 15, 3), 4
 
 
 class Unfit(Exception):
@@ -75,7 +77,6 @@ class _Rule:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.library = native.load_update()
-        self.vector = _VECTORS[torch.backends.cpu.get_cpu_capability()]
 
     @torch.no_grad()
     def step(self, live: Mapping[int, Tensor]) -> None:
@@ -116,7 +117,7 @@ class _Rule:
                 self.library.sieve_adam(
                     len(some), *arrays[:2], *map(_pointers, moments), *arrays[2:], group["lr"], *group["betas"],
                     group["eps"], group["weight_decay"], group.get("decoupled_weight_decay", False), step,
-                    self.vector, torch.get_num_threads(),
+                    _VECTOR, torch.get_num_threads(),
                 )
             )  # fmt: skip
             del gradients
@@ -183,7 +184,7 @@ def _check_group(group: dict[str, Any]) -> None:
     on = [key for key in _UNKNOWN if group.get(key)]
     if on or isinstance(group["lr"], Tensor):
         raise Unfit(f"{', '.join(on) or 'a rate that is a tensor'} has no native update")
-    if torch.backends.cpu.get_cpu_capability() not in _VECTORS:
+    if torch.backends.cpu.get_cpu_capability() not in _CAPABILITIES:
         raise Unfit("the native update is for CPUs with AVX2")
     for p in group["params"]:
         # Memory without gaps or overlaps is what a copy in the same format has the strides of.
