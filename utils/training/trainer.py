@@ -39,7 +39,7 @@ __all__ = ["Row", "Stage", "Trainer"]
 
 
 class Gradients(Enum):
-    """What the gradients of a step show at pruned places: 0.0; their own; or anything, for the update sees to it."""
+    """What a step's gradients show at pruned places as they come: 0.0; their own; or anything, masked at the end."""
 
     MASKED, DENSE, LATE = range(3)
 
@@ -244,7 +244,8 @@ class Trainer:
         for extension in live.extensions:
             extension.before_step(step)
         read = any(e.replaces_step(step) or e.reads_gradients(step) for e in live.extensions)
-        late = not (dense or read or live.update is None)
+        # A GPU masks all gradients in one go, before anything reads them, faster than one by one in the backward pass.
+        late = not dense and (self.device.type == "cuda" or not (read or live.update is None))
         live.sparsity.dense_gradients(dense)  # last, for a pruning in between switches it too
         live.sparsity.late_gradients(late)
         return Gradients.DENSE if dense else Gradients.LATE if late else Gradients.MASKED
@@ -253,6 +254,8 @@ class Trainer:
         """The optimizer's step or the updates in its place, then `after_step`; gradients are cleared."""
         live.sparsity.dense_gradients(False)
         live.sparsity.late_gradients(False)
+        if gradients is Gradients.LATE and live.update is None:
+            live.sparsity.mask_gradients()
         for extension in live.extensions:
             extension.after_backward(step)
         updates = [e for e in live.extensions if e.replaces_step(step)]
@@ -264,18 +267,17 @@ class Trainer:
         else:
             if gradients is Gradients.DENSE:
                 live.sparsity.project()
-            self._optimizer_step(live, live.stage.lr(step), gradients is Gradients.LATE)
+            self._optimizer_step(live, live.stage.lr(step), live.update if gradients is Gradients.LATE else None)
         for extension in live.extensions:
             if extension not in updates:
                 extension.after_step(step)
         live.optimizer.zero_grad(set_to_none=True)
 
-    def _optimizer_step(self, live: Live, lr: float, late: bool) -> None:
+    def _optimizer_step(self, live: Live, lr: float, update: MaskedUpdate | None) -> None:
         for group in live.optimizer.param_groups:
             group["lr"] = lr
-        if late:
-            assert live.update is not None
-            live.update.step()
+        if update is not None:
+            update.step()
             return
         if self.section.clip is not None:
             self.scaler.unscale_(live.optimizer)
