@@ -9,7 +9,6 @@ import ctypes
 import ctypes.util
 import io
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import arms
 from utils import params
 from utils.data import augment, beton_format
 from utils.data.order import Shard
@@ -28,7 +28,6 @@ from utils.data.spec import DataSpec
 SIDE, BATCH = 224, 64
 CPU = torch.device("cpu")
 CIFAR_IMAGES, CIFAR_BATCH = 5120, 128
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def spec_of(mode: str = "jpg", resize: str = "ffcv", **changes: Any) -> DataSpec:
@@ -42,37 +41,11 @@ def spec_of(mode: str = "jpg", resize: str = "ffcv", **changes: Any) -> DataSpec
     return DataSpec(**{**settled, **changes})
 
 
-class Process:
-    """An arm in another process; a context manager."""
+class Process(arms.Process):
+    """An arm of the loaders."""
 
     def __init__(self, name: str, path: Path | None, resize: str = "ffcv") -> None:
-        words = [sys.executable, "-m", "benchmarks.loader_arms", name, str(path or ""), resize]
-        self.name = name
-        self._process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def ask(self, *words: str) -> list[float]:
-        """Numbers the process answers with. Raises RuntimeError when it has ended."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write("\t".join(words) + "\n")
-        self._process.stdin.flush()
-        while line := self._process.stdout.readline():
-            if line.startswith("answer "):
-                return [float(word) for word in line.split()[1:]]
-        raise RuntimeError(f"the {self.name} arm ended with exit code {self._process.wait()}; its message is above")
-
-    def epoch(self) -> float:
-        """CPU seconds an image of the next epoch."""
-        seconds, images = self.ask("epoch")
-        return seconds / images
+        super().__init__("loader_arms", name, str(path or ""), resize)
 
 
 # The arms: each gives a function that reads epoch `number` and returns how many images it held ---------------------

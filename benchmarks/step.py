@@ -31,6 +31,7 @@ from utils import models, params, sparsity
 from utils.masks import Masks, prunable_parameters
 from utils.params.load import build as build_params
 from utils.sparsity import Sparsity
+from utils.system import memory
 from utils.training import precision
 from utils.training.masked_update import MaskedUpdate, Unfit
 from utils.training.optimizers import build_optimizer
@@ -251,6 +252,7 @@ def main(arguments: list[str]) -> int:
     device = torch.device(given.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
+        memory.keep_freed()  # as in a process of the harness
     dtype = precision.choose(given.precision, device)
     setting = Setting(given.model, given.classes, given.size, given.batch, given.density, device, dtype)
     report = Report("step", out=given.out)

@@ -64,6 +64,10 @@ class Sparsity:
         """The parameters held, by name."""
         return self._parameters
 
+    def live(self, name: str) -> torch.Tensor:
+        """Integers in the parameter's shape and strides, on its device: 1 where a weight lives, 0 where it is pruned."""
+        return self._words[name]
+
     def watch(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Enforce the masks after the steps of this optimizer, instead of the one before it."""
         if self._step_hook is not None:

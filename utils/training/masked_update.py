@@ -164,13 +164,8 @@ def _pointers(tensors: Sequence[Tensor]) -> Any:
 
 
 def _live_places(sparsity: Sparsity) -> dict[int, Tensor]:
-    found = {}
-    for name, p in sparsity.parameters.items():
-        mask = sparsity.masks[name]
-        if not bool(mask.all()):
-            places = torch.empty_strided(p.shape, p.stride(), dtype=torch.uint8, device=p.device)
-            found[id(p)] = places.copy_(mask)
-    return found
+    pruned = [name for name in sparsity.parameters if not bool(sparsity.masks[name].all())]
+    return {id(sparsity.parameters[name]): sparsity.live(name).to(torch.uint8) for name in pruned}
 
 
 def _check_hooks(optimizer: torch.optim.Optimizer) -> None:
