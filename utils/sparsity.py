@@ -65,7 +65,7 @@ class Sparsity:
         return self._parameters
 
     def live(self, name: str) -> torch.Tensor:
-        """Integers in the parameter's shape and strides, on its device: 1 where a weight lives, 0 where it is pruned."""
+        """Integers in the parameter's shape and strides, on its device: 1 where a weight lives, else 0."""
         return self._words[name]
 
     def watch(self, optimizer: torch.optim.Optimizer | None) -> None:
