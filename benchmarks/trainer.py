@@ -4,7 +4,8 @@ The level is the trainer's own: the `device` loader with augmentation, losses an
 losses and at signals, masks at density 0.1. The bare loop is forward, backward and optimizer on one batch that lies on
 the device, with the same masks; the published harness's step, rebuilt in `benchmarks.published`, has the same batch to
 itself: NCHW order, weight * mask in every forward pass, loss and accuracy read back at every step. All in the same
-precision, at the same masks, each in a process of its own. Costs are CPU time (one thread), on a GPU wall time.
+precision, at the same masks; the published step in a process of its own. Costs are CPU time of one thread, on a GPU
+wall time.
 
     python -m benchmarks.trainer
     python -m benchmarks.trainer --device cuda
@@ -22,7 +23,7 @@ import torch
 from benchmarks import measure
 from benchmarks.measure import Report
 from benchmarks.step import check, fits, ours
-from benchmarks.trainer_arms import BARE, LEVEL, PUBLISHED, Process, Work
+from benchmarks.trainer_arms import LEVEL, PUBLISHED, Process, Work
 from utils.training import precision
 
 
@@ -30,18 +31,17 @@ def compare(report: Report, work: Work, rounds: int, target: str) -> None:
     """The rows of one network."""
     label = f"{work.model}, {work.size} px, batch {work.batch}, {work.dtype}"
     name = "sieve, a level" + (", compiled" if work.compile else "")
-    with Process(LEVEL, work) as level, Process(BARE, work) as bare, Process(PUBLISHED, work) as published:
+    with Process(LEVEL, work) as level, Process(PUBLISHED, work) as published:
         level.cost()
         (found,) = level.ask("leaks")
         report.gate(f"{label}: after an epoch, pruned weights and optimizer state are 0.0", found == 0, f"{found:.0f}")
         if not work.compile:
-            pairs = measure.interleave(level.cost, bare.cost, rounds)
+            pairs = measure.interleave(level.cost, level.bare, rounds)
             report.add(measure.faster(f"level, {label}", name, "bare loop", pairs, ">= 0.95"))
         (waited,) = level.ask("waited")
         report.add(measure.figure(f"level, {label}: largest share of an epoch waiting for data", name, waited, ""))
-        for arm, process, wanted in ((name, level, target), ("sieve, bare loop", bare, "")):
-            pairs = measure.interleave(process.cost, published.cost, rounds)
-            report.add(measure.faster(f"step, {label}", arm, "published harness's step", pairs, wanted))
+        pairs = measure.interleave(level.cost, published.cost, rounds)
+        report.add(measure.faster(f"step, {label}", name, "published harness's step", pairs, target))
 
 
 def plan(device: torch.device, dtype: torch.dtype, steps: int | None) -> list[tuple[Work, str]]:

@@ -143,6 +143,11 @@ class Process(arms.Process):
     def __init__(self, name: str, work: Work) -> None:
         super().__init__("trainer_arms", name, json.dumps(work.__dict__))
 
+    def bare(self) -> float:
+        """Seconds an image of the bare loop, in the process of the level: processes differ by more than the two do."""
+        seconds, images = self.ask(BARE)
+        return seconds / images
+
 
 def start(name: str, work: Work) -> Callable[[], None]:
     """The arm called `name`, ready to run. The harness's own arms hold on to memory as its processes do."""
@@ -163,6 +168,7 @@ def start(name: str, work: Work) -> Callable[[], None]:
 def serve(name: str, work: Work) -> None:
     """Answer the lines of the input until it ends."""
     run = start(name, work)
+    bare = start(BARE, work) if name == LEVEL else run
     clock = time.process_time if work.device == "cpu" else time.perf_counter
     for line in sys.stdin:
         if line.strip() == "leaks":
@@ -174,7 +180,7 @@ def serve(name: str, work: Work) -> None:
             print("answer", max(run.waited), flush=True)
         else:
             begin = clock()
-            run()
+            (bare if line.strip() == BARE else run)()
             print("answer", clock() - begin, work.steps * work.batch, flush=True)
 
 
