@@ -16,7 +16,7 @@ import torch
 
 from utils.params import Params
 from utils.record import fail, write_status
-from utils.system import distributed
+from utils.system import distributed, memory
 from utils.system.console import Console
 from utils.system.distributed import World
 from utils.system.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Busy, Preempted, UserError
@@ -60,6 +60,8 @@ def process(
     try:
         device = distributed.choose_device(params.run.device, world)
         _settle_torch(params)
+        if device.type == "cpu":
+            memory.keep_freed()
         (prepare or _prepare)(params, world)
         distributed.start(world, device, params.distributed.backend, params.distributed.timeout)
         with _heeding(launcher, device, params.distributed.timeout) as stopping:

@@ -3,7 +3,7 @@
 #   VENV=.venv  PYTHON=python3.x  SYSTEM=no (install no system packages)  LOWEST=yes (lowest versions allowed)
 #   TESTS=yes (also what tests start: SLURM, iproute2)
 # FFCV is optional: without it one line says what to ask for, and training takes the torchvision loader. So is the native
-# decoder beside it: without it FFCV decodes by itself, slower.
+# code: without its decoder FFCV decodes by itself, without its optimizer step torch takes one, slower.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -159,7 +159,17 @@ install_for_tests() {
   fi
 }
 
-# Builds the decoder of utils/native where it is missing or older than its sources.
+# Builds the optimizer step of utils/native where it is missing or older than its sources.
+install_update() {
+  make -q -C utils/native update >/dev/null 2>&1 && return
+  if ! command -v g++ >/dev/null; then
+    say "no native optimizer step, masks take passes of their own, slower; ask the administrator for: apt-get install g++"
+  elif ! make -C utils/native update >>"$LOG" 2>&1; then
+    say "the native optimizer step could not be built, masks take passes of their own, slower; $LOG says why"
+  fi
+}
+
+# The same for the decoder.
 install_native() {
   ffcv_installed || return 0
   make -q -C utils/native >/dev/null 2>&1 && return
@@ -186,6 +196,7 @@ if [ "$(cat "$VENV/.stamp" 2>/dev/null)" != "$(fingerprint)" ]; then
   fingerprint >"$VENV/.stamp"
 fi
 install_ffcv
+install_update
 install_native
 if [ "${TESTS:-no}" = yes ]; then install_for_tests; fi
 if [ -s "$SYSTEM_LOG" ]; then cat "$SYSTEM_LOG" >>"$LOG"; fi

@@ -75,7 +75,7 @@ def pair(
     report: Report, name: str, arm: str, ours: Process, peer: str, theirs: Process, rounds: int, target: str = ""
 ) -> measure.Row:
     """One row: epochs in turn, each arm's cost being CPU seconds an image."""
-    pairs = measure.interleave(ours.epoch, theirs.epoch, rounds)
+    pairs = measure.interleave(ours.cost, theirs.cost, rounds)
     return report.add(measure.faster(name, arm, peer, pairs, target))
 
 

@@ -43,15 +43,10 @@ def spec_of(mode: str = "jpg", resize: str = "ffcv", **changes: Any) -> DataSpec
 
 
 class Process(processes.Process):
-    """An arm in another process; a context manager."""
+    """An arm of the loaders; its cost is CPU seconds an image of the next epoch."""
 
     def __init__(self, name: str, path: Path | None, resize: str = "ffcv") -> None:
         super().__init__("benchmarks.loader_arms", name, str(path or ""), resize, name=name)
-
-    def epoch(self) -> float:
-        """CPU seconds an image of the next epoch."""
-        seconds, images = self.ask("epoch")
-        return seconds / images
 
 
 # The arms: each gives a function that reads epoch `number` and returns how many images it held ---------------------

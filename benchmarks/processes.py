@@ -67,6 +67,11 @@ class Process:
         self.tell(*words)
         return self.answer()
 
+    def cost(self, *words: str) -> float:
+        """Seconds an image of one more run, asked for with `words` ("run" where there are none)."""
+        seconds, images = self.ask(*(words or ("run",)))
+        return seconds / images
+
 
 def serve(reply: Callable[[list[str]], Iterable[float]]) -> None:
     """Answer the lines of this process's input until it ends."""

@@ -34,8 +34,9 @@ COMMANDS = {
     "id": '#!/bin/bash\n[ -e "$STATE/root" ] && echo 0 || echo 1000\n',
     "sudo": '#!/bin/bash\n[ -e "$STATE/sudo" ] || exit 1\nshift\n"$@"\n',
     "g++": '#!/bin/bash\n[[ "$*" != *fsyntax-only* || ! -e "$STATE/no-jpeg" ]]\n',
-    "make": '#!/bin/bash\n[ "$1" != -q ] || { [ -e "$STATE/native" ]; exit; }\n'
-    'echo "make native" >>"$STATE/calls"\n[ ! -e "$STATE/native-breaks" ] && touch "$STATE/native"\n',
+    "make": '#!/bin/bash\n[[ "$*" == *update ]] && what=update || what=native\n'
+    '[ "$1" != -q ] || { [ -e "$STATE/$what" ]; exit; }\n'
+    'echo "make $what" >>"$STATE/calls"\n[ ! -e "$STATE/$what-breaks" ] && touch "$STATE/$what"\n',
     "apt-cache": "#!/bin/bash\n[[ \"$*\" == *turbojpeg0* ]] && [ -e \"$STATE/old-ubuntu\" ] && exit 1\nexit 0\n",
     "apt-get": '#!/bin/bash\necho "apt-get ${*:4}" >>"$STATE/calls"\n'
     '[[ "$*" != *install* ]] || touch "$STATE/packages"\n[[ "$*" != *libjpeg* ]] || rm "$STATE/no-jpeg"\n',
@@ -78,7 +79,7 @@ class Machine:
 def test_everything_is_there_once_and_the_second_call_does_nothing(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "packages")
     assert machine.setup().returncode == 0
-    assert machine.calls() == ["venv", "pip requirements", "pip ffcv", "make native"]
+    assert machine.calls() == ["venv", "pip requirements", "pip ffcv", "make update", "make native"]
     done = machine.setup()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert machine.calls() == []
@@ -101,13 +102,13 @@ def test_missing_system_packages_are_installed_where_that_is_allowed(tmp_path: P
     calls = machine.calls()
     assert calls[:3] == ["venv", "pip requirements", "apt-get update"]
     assert calls[3] == "apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev"
-    assert calls[4:] == ["pip ffcv", "make native"]
+    assert calls[4:] == ["pip ffcv", "make update", "make native"]
 
 
 def test_without_the_right_one_line_says_what_to_ask_for_and_setup_goes_on(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     machine.setup()
-    assert machine.calls() == ["venv", "pip requirements"]
+    assert machine.calls() == ["venv", "pip requirements", "make update"]
     done = machine.setup()
     assert done.returncode == 0
     (line,) = done.stdout.splitlines()
@@ -122,14 +123,15 @@ def test_without_the_right_one_line_says_what_to_ask_for_and_setup_goes_on(tmp_p
 def test_system_no_asks_nobody(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "root")
     assert "administrator" in machine.setup(SYSTEM="no").stdout
-    assert machine.calls() == ["venv", "pip requirements"]
+    assert machine.calls() == ["venv", "pip requirements", "make update"]
 
 
 def test_the_native_decoder_gets_its_headers_where_that_is_allowed(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "packages", "root", "no-jpeg")
     assert machine.setup().returncode == 0
     assert machine.calls()[2:] == [
-        "pip ffcv", "apt-get update", "apt-get install -y --no-install-recommends libjpeg62-turbo-dev", "make native",
+        "pip ffcv", "make update", "apt-get update",
+        "apt-get install -y --no-install-recommends libjpeg62-turbo-dev", "make native",
     ]  # fmt: skip
     assert machine.setup().stdout == ""
     assert machine.calls() == []
@@ -149,6 +151,17 @@ def test_without_headers_or_a_build_one_line_tells_and_setup_goes_on(tmp_path: P
     (line,) = done.stdout.splitlines()
     assert "could not be built" in line
     assert machine.calls() == ["make native"]
+
+
+def test_without_the_native_update_one_line_tells_and_setup_goes_on(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "packages", "update-breaks")
+    machine.setup()
+    done = machine.setup()
+    assert done.returncode == 0
+    (line,) = done.stdout.splitlines()
+    assert "native optimizer step" in line
+    (machine.state / "update-breaks").unlink()
+    assert machine.setup().stdout == ""
 
 
 def test_old_ubuntu_names_turbojpeg_otherwise(tmp_path: Path) -> None:
@@ -179,7 +192,7 @@ def test_no_network_fails_and_is_tried_again(tmp_path: Path) -> None:
     (machine.state / "offline").unlink()
     machine.calls()
     assert machine.setup().returncode == 0
-    assert machine.calls() == ["pip requirements", "pip ffcv", "make native"]
+    assert machine.calls() == ["pip requirements", "pip ffcv", "make update", "make native"]
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,29 @@ def test_dense_gradients_pass_only_while_asked_for() -> None:
     assert model.weight.grad.eq(0).all()
 
 
+def test_late_gradients_are_masked_all_at_once() -> None:
+    model = network()
+    model[6].bias.requires_grad_(False)
+    model[3].to(torch.bfloat16)
+    masks = random_masks(model)
+    held = attach(model, None, masks)
+    held.late_gradients(True)
+    for p in model.parameters():
+        if p.requires_grad:
+            (p.float() * torch.full(p.shape, float("nan"))).sum().backward()
+    model[0].weight.grad = None
+    assert model[6].weight.grad.isnan().all()
+    held.mask_gradients()
+    for name in ("3.weight", "6.weight"):
+        grad = dict(model.named_parameters())[name].grad
+        assert grad[masks[name]].isnan().all()
+        assert not torch.signbit(grad[~masks[name]]).any()
+        assert grad[~masks[name]].eq(0).all()
+    held.late_gradients(False)
+    model[6](torch.ones(1, 288)).sum().backward()
+    assert model[6].weight.grad[~masks["6.weight"]].eq(0).all()
+
+
 def test_violations_are_seen() -> None:
     model = nn.Linear(4, 2, bias=False)
     held = attach(model, None, Masks({"weight": torch.tensor([[True, False] * 2] * 2)}))

@@ -5,15 +5,16 @@ every optimizer step. With weights and optimizer state projected whenever masks 
 +0.0 after every step, and the live ones follow the trajectory of a `weight * mask` forward bit for bit (eager float32
 on a CPU).
 
-Zeroing is a bitwise AND with all-ones or all-zeros words of the element's size: it moves the bytes of a product, but
-turns inf and NaN into +0.0 and never makes -0.0. The words live in the parameter's own strides, and a change of masks
-copies into them, so that addresses captured by a CUDA graph or a compiled step stay valid.
+Zeroing multiplies the bits, taken as an integer of the element's size, by 1 or 0: it moves the bytes of a product, but
+turns inf and NaN into +0.0, never makes -0.0, and goes over all parameters in few launches on a GPU. The words live in
+the parameter's own strides, and a change of masks copies into them, so that addresses captured by a CUDA graph or a
+compiled step stay valid.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,15 @@ class Sparsity:
         """Whether gradients of pruned weights are let through just now."""
         return self._gate.dense
 
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The parameters held, by name."""
+        return self._parameters
+
+    def live(self, name: str) -> torch.Tensor:
+        """Integers in the parameter's shape and strides, on its device: 1 where a weight lives, else 0."""
+        return self._words[name]
+
     def watch(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Enforce the masks after the steps of this optimizer, instead of the one before it."""
         if self._step_hook is not None:
@@ -87,7 +97,7 @@ class Sparsity:
         if {name: tuple(mask.shape) for name, mask in masks.items()} != shapes:
             raise ValueError("masks cover other parameters than those attached; attach anew")
         for name, words in self._words.items():
-            words.copy_(masks[name].to(words.device).to(words.dtype).neg_())
+            words.copy_(masks[name].to(words.device).to(words.dtype))
         self._masks = masks
         self._version += 1
         self.project()
@@ -128,19 +138,32 @@ class Sparsity:
         """Let gradients of pruned weights through (a mask update reads them), until switched back."""
         self._gate.dense = dense
 
+    def late_gradients(self, late: bool) -> None:
+        """Leave masking the gradients to whoever steps, until switched back.
+
+        They must then be masked by `mask_gradients` before anything reads them, or by the step itself.
+        """
+        self._gate.late = late
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Fill the gradients there are with 0.0 at pruned places."""
+        held = [(p.grad, self._words[name]) for name, p in self._parameters.items() if p.grad is not None]
+        _zero_all([grad for grad, _ in held], [words for _, words in held])
+
     def violations(self) -> list[str]:
         """Names of parameters with a pruned weight or optimizer state that is not exactly +0.0."""
         bad = []
         for name, p in self._parameters.items():
             tensors = [p, *self._state_of(p)]
-            if any(bool((_bits(t) & ~self._words[name]).any()) for t in tensors):
+            pruned = self._words[name] - 1  # all ones where nothing lives, else 0
+            if any(bool((_bits(t) & pruned).any()) for t in tensors):
                 bad.append(name)
         return bad
 
     def _after_step(self, *_: Any) -> None:
         with torch.no_grad():
-            for name, p in self._parameters.items():
-                self.zero_pruned(name, p)
+            _zero_all(list(self._parameters.values()), list(self._words.values()))
 
     def _state_of(self, p: torch.Tensor) -> Iterable[torch.Tensor]:
         optimizer = self._optimizer()
@@ -151,26 +174,45 @@ class Sparsity:
 
 
 class _Gate:
-    """Whether gradients pass unmasked just now."""
+    """Whether gradients pass unmasked just now: for a mask update to read, or because the step masks them itself."""
 
     dense = False
+    late = False
 
 
 def _gradient_hook(words: torch.Tensor, gate: _Gate) -> Callable[[torch.Tensor], None]:
     # It must not hold the parameter it hangs on: autograd's hooks are no part of Python's cycle collection, and the
     # model would never be freed.
     def mask(p: torch.Tensor) -> None:
-        if p.grad is not None and not gate.dense:
+        if p.grad is not None and not (gate.dense or gate.late):
             _zero(p.grad, words)
 
     return mask
 
 
 def _zero(tensor: torch.Tensor, words: torch.Tensor) -> None:
-    if tensor.element_size() == words.element_size() and tensor.is_floating_point():
-        tensor.detach().view(words.dtype).bitwise_and_(words)
+    if _same_size(tensor, words):
+        tensor.detach().view(words.dtype).mul_(words)
     else:
         tensor.detach().masked_fill_(words == 0, 0.0)
+
+
+def _zero_all(tensors: Sequence[torch.Tensor], words: Sequence[torch.Tensor]) -> None:
+    # Lists of one type each: torch goes over others one by one.
+    alike: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for tensor, places in zip(tensors, words, strict=True):
+        if _same_size(tensor, places):
+            values, factors = alike.setdefault(places.dtype, ([], []))
+            values.append(tensor.detach().view(places.dtype))
+            factors.append(places)
+        else:
+            _zero(tensor, places)
+    for values, factors in alike.values():
+        torch._foreach_mul_(values, factors)
+
+
+def _same_size(tensor: torch.Tensor, words: torch.Tensor) -> bool:
+    return tensor.element_size() == words.element_size() and tensor.is_floating_point()
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -178,5 +220,5 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _full_words(p: torch.Tensor) -> torch.Tensor:
-    """All-ones words in the parameter's shape, strides and element size."""
-    return torch.empty_strided(p.shape, p.stride(), dtype=_WORDS[p.element_size()], device=p.device).fill_(-1)
+    """Words of 1 in the parameter's shape, strides and element size."""
+    return torch.empty_strided(p.shape, p.stride(), dtype=_WORDS[p.element_size()], device=p.device).fill_(1)

@@ -10,41 +10,51 @@ import pytest
 
 from utils import native
 
+LOADS = {"LIBRARY": native.load, "UPDATE": native.load_update}
+
 
 @pytest.fixture(autouse=True)
 def _not_cached() -> Iterator[None]:
-    native.load.cache_clear()
+    for load in LOADS.values():
+        load.cache_clear()
     yield
-    native.load.cache_clear()
+    for load in LOADS.values():
+        load.cache_clear()
 
 
-def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "none.so")
+@pytest.mark.parametrize("library", LOADS)
+def test_a_library_that_is_not_there(library: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, library, tmp_path / "none.so")
     with pytest.raises(native.Missing, match="not built"):
-        native.load()
+        LOADS[library]()
 
 
-def test_a_library_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "text.so")
-    native.LIBRARY.write_text("not machine code")
+@pytest.mark.parametrize("library", LOADS)
+def test_a_library_that_is_none(library: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "text.so"
+    monkeypatch.setattr(native, library, path)
+    path.write_text("not machine code")
     with pytest.raises(native.Missing, match="cannot be loaded"):
-        native.load()
+        LOADS[library]()
 
 
-def test_a_library_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not native.LIBRARY.is_file():
+@pytest.mark.parametrize("library", LOADS)
+def test_a_library_of_other_sources(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not getattr(native, library).is_file():
         pytest.skip("the native library is not built")
-    monkeypatch.setattr(native, "digest", lambda: "0" * 16)
+    monkeypatch.setattr(native, "digest", lambda sources: "0" * 16)
     with pytest.raises(native.Missing, match="other sources"):
-        native.load()
+        LOADS[library]()
 
 
-def test_the_makefile_takes_the_digest_python_takes() -> None:
-    command = f"cat {' '.join(native.SOURCES)} | sha256sum | cut -c1-16"
-    done = subprocess.run(["bash", "-c", command], cwd=native.HERE, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == native.digest()
+def test_the_makefile_takes_the_digests_python_takes() -> None:
     makefile = (native.HERE / "Makefile").read_text()
-    assert "cat $(SOURCES) Makefile | sha256sum | cut -c1-16" in makefile
-    assert f"SOURCES := {' '.join(native.SOURCES[:-1])}" in makefile
-    assert {path.name for path in native.HERE.glob("*.cpp")} == set(native.SOURCES[:-1])
+    for variable, sources in (("SOURCES", native.SOURCES), ("UPDATE_SOURCES", native.UPDATE_SOURCES)):
+        command = f"cat {' '.join(sources)} | sha256sum | cut -c1-16"
+        done = subprocess.run(["bash", "-c", command], cwd=native.HERE, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == native.digest(sources)
+        assert f"cat $({variable}) Makefile | sha256sum | cut -c1-16" in makefile
+        assert f"\n{variable} := {' '.join(sources[:-1])}\n" in makefile
+    built = {*native.SOURCES[:-1], *native.UPDATE_SOURCES[:-1]}
+    assert {path.name for path in native.HERE.glob("*.cpp")} == built
     assert "march" not in makefile

@@ -1,6 +1,7 @@
-"""The loader's native code: decoding a part of a JPEG, and resizing. Built by `make setup`, never at run time.
+"""Native code: decoding a part of a JPEG and resizing, and the masked optimizer step. Built by `make setup`, never at
+run time.
 
-`load` gives the library, or says why there is none; everything works without it, only slower.
+`load` and `load_update` give the libraries, or say why there is none; everything works without them, only slower.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ HERE = Path(__file__).resolve().parent
 LIBRARY = HERE.parents[1] / "build" / "native" / "libsieve.so"
 SOURCES = ("jpeg.cpp", "resize.cpp", "version.cpp", "Makefile")
 """What the library is built from, in the order the Makefile takes its digest."""
+UPDATE = LIBRARY.with_name("libsieve_update.so")
+UPDATE_SOURCES = ("update.cpp", "version.cpp", "Makefile")
+"""The optimizer step's library and what it is built from."""
 
-_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_POINTER, _NUMBER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
 class Missing(Exception):
@@ -35,25 +39,47 @@ def load() -> ctypes.CDLL:
     sieve_decode   (data, bytes, height, width, y, x, h, w, scale, exact, out, capacity, placed) -> 0 when it could
     sieve_resize   (pixels, rows, columns, y, x, h, w, out, height, width, filter, mirror) -> 0 when it did
     """
-    if not LIBRARY.is_file():
+    library = _open(LIBRARY, SOURCES, ("sieve_decode", "sieve_resize"))
+    library.sieve_decode.argtypes = [_POINTER, *(_NUMBER,) * 9, _POINTER, _NUMBER, _POINTER]
+    library.sieve_resize.argtypes = [_POINTER, *(_NUMBER,) * 6, _POINTER, *(_NUMBER,) * 4]
+    return library
+
+
+@functools.cache
+def load_update() -> ctypes.CDLL:
+    """The library at UPDATE, its functions declared. Raises Missing as `load` does.
+
+    sieve_sgd    (count, weights, gradients, momenta, live, sizes, fresh, rate, momentum, dampening, decay, nesterov,
+                 threads) -> 0 when it did
+    sieve_adam   (count, weights, gradients, first, second, live, sizes, rate, beta1, beta2, eps, decay, decoupled,
+                 steps, vector, threads) -> 0 when it did
+    """
+    library = _open(UPDATE, UPDATE_SOURCES, ("sieve_sgd", "sieve_adam"))
+    library.sieve_sgd.argtypes = [_NUMBER, *(_POINTER,) * 6, *(_REAL,) * 4, *(_NUMBER,) * 2]
+    library.sieve_adam.argtypes = [_NUMBER, *(_POINTER,) * 6, *(_REAL,) * 5, _NUMBER, _REAL, *(_NUMBER,) * 2]
+    return library
+
+
+def _open(path: Path, sources: tuple[str, ...], functions: tuple[str, ...]) -> ctypes.CDLL:
+    if not path.is_file():
         raise Missing("it is not built")
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        library = ctypes.CDLL(str(path))
         library.sieve_sources.restype = ctypes.c_char_p
         built_from = library.sieve_sources().decode()
-        library.sieve_decode.argtypes = [_POINTER, *(_NUMBER,) * 9, _POINTER, _NUMBER, _POINTER]
-        library.sieve_resize.argtypes = [_POINTER, *(_NUMBER,) * 6, _POINTER, *(_NUMBER,) * 4]
+        for name in functions:
+            getattr(library, name)
     except (OSError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise Missing(f"it cannot be loaded ({reason})") from error
-    if built_from != digest():
+    if built_from != digest(sources):
         raise Missing("it was built from other sources")
     return library
 
 
-def digest() -> str:
+def digest(sources: tuple[str, ...] = SOURCES) -> str:
     """16 hex digits of the sources as they are now."""
-    text = b"".join((HERE / name).read_bytes() for name in SOURCES)
+    text = b"".join((HERE / name).read_bytes() for name in sources)
     return hashlib.sha256(text).hexdigest()[:16]
 
 

@@ -26,7 +26,8 @@ class Extension:
     hold those of pruned weights too, and may be infinite or NaN where half precision overflowed. Nothing is stepped:
     weights outside the change of masks, optimizer state and its counters stay, the learning rate is not used, and the
     gradients are cleared. Should several extensions replace one step, all updates run. Dense gradients are for updates
-    alone: at a step that nothing replaces they are masked before anything is made of them.
+    alone: at a step that nothing replaces they are masked before anything is made of them. Only `after_backward` and
+    `update` may read gradients.
 
     `epoch_end` follows the last step of an epoch, after BatchNorm statistics were averaged over the ranks and before
     evaluation; masks may change here. `masks_changed` follows every change of masks (`masking.change_masks`), once
@@ -42,6 +43,13 @@ class Extension:
     def replaces_step(self, step: int) -> bool:
         """Whether `update` takes the place of the optimizer's step: a pure function of the step."""
         return False
+
+    def reads_gradients(self, step: int) -> bool:
+        """Whether `after_backward` reads gradients of masked parameters at this step.
+
+        Where nobody does they may show pruned weights' gradients in it, which the optimizer's step then leaves out.
+        """
+        return type(self).after_backward is not Extension.after_backward
 
     def update(self, step: int) -> None:
         """Called in place of the optimizer's step, after backward; see the contract."""

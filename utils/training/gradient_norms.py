@@ -26,6 +26,10 @@ class GradientNorms(Extension):
         self._scale, self._out = scale, out
         self._norms: dict[int, Tensor] = {}
 
+    def reads_gradients(self, step: int) -> bool:
+        """While norms are taken."""
+        return step in self._range
+
     def after_backward(self, step: int) -> None:
         """Take the norms of this step, on the device: nothing waits."""
         if step in self._range:

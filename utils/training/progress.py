@@ -10,6 +10,7 @@ import torch
 
 from utils.sparsity import Sparsity
 from utils.training.extension import Extension
+from utils.training.masked_update import MaskedUpdate
 
 Row = dict[str, Any]
 
@@ -73,7 +74,10 @@ def of_stock_network(row: Row) -> bool:
 
 @dataclass
 class Live:
-    """Everything that changes while a stage trains, apart from the model itself."""
+    """Everything that changes while a stage trains, apart from the model itself.
+
+    update: steps the optimizer with masks in one pass, where nothing reads the gradients before; None: never
+    """
 
     stage: Stage
     optimizer: torch.optim.Optimizer
@@ -81,6 +85,7 @@ class Live:
     extensions: Sequence[Extension]
     scaler: torch.amp.GradScaler
     progress: Progress
+    update: MaskedUpdate | None = None
 
 
 class Keeper:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any, NoReturn
 
 import torch
@@ -29,11 +30,18 @@ from utils.training import precision, reduction
 from utils.training.averaging import ExponentialAverage
 from utils.training.batchnorm import average_statistics, averaged_statistics
 from utils.training.extension import Extension
+from utils.training.masked_update import MaskedUpdate, Unfit
 from utils.training.parallel import warm, wrap
 from utils.training.progress import Keeper, Live, Progress, Row, Stage
 from utils.training.watch import Clock, LossWatch
 
 __all__ = ["Row", "Stage", "Trainer"]
+
+
+class Gradients(Enum):
+    """What a step's gradients show at pruned places as they come: 0.0; their own; or anything, masked at the end."""
+
+    MASKED, DENSE, LATE = range(3)
 
 
 class Trainer:
@@ -101,7 +109,7 @@ class Trainer:
         self.losses = LossWatch(stage.level, self.world.rank, self.scaler.is_enabled())
         keeper = keeper or Keeper()
         progress = Progress(stage.start // self.steps_per_epoch, stage.start)
-        live = Live(stage, optimizer, sparsity, extensions, self.scaler, progress)
+        live = Live(stage, optimizer, sparsity, extensions, self.scaler, progress, self._update(optimizer, sparsity))
         if not keeper.restore(live):
             self._mark(stage, progress.step)
         while progress.epoch < stage.epochs:
@@ -130,16 +138,16 @@ class Trainer:
         count = (self.steps_per_epoch - first) * accumulation
         label = f"level {stage.level} epoch {epoch + 1}/{stage.epochs}"
         batches = self.console.progress(clock.waits(self.loaders.train), count, label) if count else iter(())
-        number, dense = -1, False
+        number, gradients = -1, Gradients.MASKED
         for number, batch in enumerate(batches):
             last = (number + 1) % accumulation == 0
             step = progress.step
             if number % accumulation == 0:
-                dense = self._begin_step(step, live.sparsity, live.extensions)
+                gradients = self._begin_step(step, live)
             key = derive("mix", self.seed, stage.level, step, number % accumulation, self.world.rank)
             self._backward(batch, progress.totals, key, last, step, stage.lr(step))
             if last:
-                self._end_step(stage, step, dense, live.optimizer, live.sparsity, live.extensions)
+                self._end_step(step, gradients, live)
                 progress.step += 1
                 progress.images += self.section.batch_size
                 if progress.step % self.section.check_every == 0:
@@ -222,49 +230,62 @@ class Trainer:
         no_sync = getattr(self.wrapped, "no_sync", None)
         return contextlib.nullcontext() if last or no_sync is None else no_sync()
 
-    def _begin_step(self, step: int, sparsity: Sparsity, extensions: Sequence[Extension]) -> bool:
-        """`before_step` of all; returns whether gradients are left dense from here on."""
-        dense = any(e.needs_dense_grad(step) for e in extensions)
-        for extension in extensions:
-            extension.before_step(step)
-        sparsity.dense_gradients(dense)  # last, for a pruning in between switches it too
-        return dense
+    def _update(self, optimizer: torch.optim.Optimizer, sparsity: Sparsity) -> MaskedUpdate | None:
+        """The one pass for step and masks; None where gradients are looked at before each step, or it does not fit."""
+        if self.section.clip is not None or self.scaler.is_enabled():
+            return None
+        try:
+            return MaskedUpdate(optimizer, sparsity)
+        except Unfit as unfit:
+            if unfit.told:
+                self.console.line(f"masks take passes of their own, slower: {unfit}")
+            return None
 
-    def _end_step(
-        self,
-        stage: Stage,
-        step: int,
-        dense: bool,
-        optimizer: torch.optim.Optimizer,
-        sparsity: Sparsity,
-        extensions: Sequence[Extension],
-    ) -> None:
+    def _begin_step(self, step: int, live: Live) -> Gradients:
+        """`before_step` of all; returns what gradients show at pruned places from here on."""
+        dense = any(e.needs_dense_grad(step) for e in live.extensions)
+        for extension in live.extensions:
+            extension.before_step(step)
+        read = any(e.replaces_step(step) or e.reads_gradients(step) for e in live.extensions)
+        # A GPU masks all gradients in one go, before anything reads them, faster than one by one in the backward pass.
+        late = not dense and (self.device.type == "cuda" or not (read or live.update is None))
+        live.sparsity.dense_gradients(dense)  # last, for a pruning in between switches it too
+        live.sparsity.late_gradients(late)
+        return Gradients.DENSE if dense else Gradients.LATE if late else Gradients.MASKED
+
+    def _end_step(self, step: int, gradients: Gradients, live: Live) -> None:
         """The optimizer's step or the updates in its place, then `after_step`; gradients are cleared."""
-        sparsity.dense_gradients(False)
-        for extension in extensions:
+        live.sparsity.dense_gradients(False)
+        live.sparsity.late_gradients(False)
+        if gradients is Gradients.LATE and live.update is None:
+            live.sparsity.mask_gradients()
+        for extension in live.extensions:
             extension.after_backward(step)
-        updates = [e for e in extensions if e.replaces_step(step)]
+        updates = [e for e in live.extensions if e.replaces_step(step)]
         if updates:
-            self.scaler.unscale_(optimizer)
+            self.scaler.unscale_(live.optimizer)
             for extension in updates:
                 extension.update(step)
             self.scaler.update()
         else:
-            if dense:
-                sparsity.project()
-            self._optimizer_step(optimizer, stage.lr(step))
-        for extension in extensions:
+            if gradients is Gradients.DENSE:
+                live.sparsity.project()
+            self._optimizer_step(live, live.stage.lr(step), live.update if gradients is Gradients.LATE else None)
+        for extension in live.extensions:
             if extension not in updates:
                 extension.after_step(step)
-        optimizer.zero_grad(set_to_none=True)
+        live.optimizer.zero_grad(set_to_none=True)
 
-    def _optimizer_step(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        for group in optimizer.param_groups:
+    def _optimizer_step(self, live: Live, lr: float, update: MaskedUpdate | None) -> None:
+        for group in live.optimizer.param_groups:
             group["lr"] = lr
+        if update is not None:
+            update.step()
+            return
         if self.section.clip is not None:
-            self.scaler.unscale_(optimizer)
+            self.scaler.unscale_(live.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.section.clip)
-        self.scaler.step(optimizer)
+        self.scaler.step(live.optimizer)
         self.scaler.update()
 
     def evaluate_all(self, extensions: Sequence[Extension] = ()) -> Row:

@@ -169,6 +169,10 @@ class GhostSkips(Inserted):
         """Set alpha of this step, or be over."""
         self._at(step)
 
+    def reads_gradients(self, step: int) -> bool:
+        """Never those of the model's own weights."""
+        return False
+
     def after_backward(self, step: int) -> None:
         """Average the gradients of 1x1 skips over the ranks, which DDP knows nothing of: one reduction."""
         grads = [weight.grad for weight in self.weights.values() if weight.grad is not None]
