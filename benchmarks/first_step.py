@@ -1,7 +1,7 @@
 """`python benchmarks/first_step.py ARGUMENTS`: harness.py of the current folder with these, to its first step.
 
-Prints wall-clock and CPU seconds from the start of this file to the moment the first optimizer step begins, and ends
-the process there. Imports nothing that harness.py would not: what it waits for it looks up among the modules loaded.
+Prints wall-clock and CPU seconds from the start of this file to the moment the first optimizer step begins, with its
+gradients there, and ends the process. Imports nothing that harness.py would not: what it waits for it looks up among the modules loaded.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ START = time.perf_counter()
 
 
 def watch() -> None:
-    """Wait for torch's optimizers, then hook their first step. The harness takes seconds from the one to the other."""
+    """Wait for the trainer, then end at its first step's end. The harness takes seconds from the one to the other."""
     while True:
-        module = sys.modules.get("torch.optim.optimizer")
+        module = sys.modules.get("utils.training.trainer")
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             break
         time.sleep(0.005)
-    module.register_optimizer_step_pre_hook(finish)
+    module.Trainer._end_step = finish
 
 
 def finish(*_: object) -> None:

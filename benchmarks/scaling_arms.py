@@ -7,8 +7,10 @@ evaluating so many batches, and `reduce` with those of averaging one gradient.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from utils import files, models, params, sparsity
 from utils.masks import Masks, prunable_parameters
 from utils.system import distributed
 from utils.training import precision
+from utils.training.masked_update import MaskedUpdate, Unfit
 from utils.training.optimizers import build_optimizer
 from utils.training.parallel import to_channels_last, warm, wrap
 
@@ -74,6 +77,11 @@ class Arm:
             warm(self.wrapped, self.network, lambda wrapped: wrapped(self.images(2)).sum().backward(), place)
         self.optimizer = build_optimizer(self.network, params.Optimizer(lr=0.05), CPU)
         self.held = sparsity.attach(self.network, self.optimizer, masks) if name == "masked" else None
+        self.step: Callable[[], object] = self.optimizer.step
+        if self.held is not None:
+            with contextlib.suppress(Unfit):  # then gradients are masked by hooks, and weights after the step
+                self.step = MaskedUpdate(self.optimizer, self.held).step
+                self.held.late_gradients(True)
 
     def images(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.rank)
@@ -92,7 +100,7 @@ class Arm:
             with precision.autocast(CPU, torch.bfloat16):
                 loss = functional.cross_entropy(self.wrapped(images).float(), labels)
             loss.backward()
-            self.optimizer.step()
+            self.step()
             self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - begin
 
