@@ -1,7 +1,8 @@
 """`python benchmarks/first_step.py ARGUMENTS`: harness.py of the current folder with these, to its first step.
 
 Prints wall-clock and CPU seconds from the start of this file to the moment the first optimizer step begins, with its
-gradients there, and ends the process. Imports nothing that harness.py would not: what it waits for it looks up among the modules loaded.
+gradients there, and ends the process. Imports nothing that harness.py would not: what it waits for it looks up among
+the modules loaded.
 """
 
 from __future__ import annotations
