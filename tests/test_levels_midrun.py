@@ -43,8 +43,8 @@ def after(monkeypatch: pytest.MonkeyPatch) -> dict[int, State]:
     seen: dict[int, State] = {}
     end_step = Trainer._end_step
 
-    def spy(self: Trainer, stage, step, *rest):
-        end_step(self, stage, step, *rest)
+    def spy(self: Trainer, step, *rest):
+        end_step(self, step, *rest)
         seen[step + 1] = {name: tensor.clone() for name, tensor in files.state_of(self.model).items()}
 
     monkeypatch.setattr(Trainer, "_end_step", spy)

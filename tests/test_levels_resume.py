@@ -204,8 +204,8 @@ def test_weights_that_are_not_finite_are_never_stored(tmp_path: Path, monkeypatc
 
     end_step = Trainer._end_step
 
-    def spoil(self: Trainer, stage, step, *rest):
-        end_step(self, stage, step, *rest)
+    def spoil(self: Trainer, step, *rest):
+        end_step(self, step, *rest)
         if step == 4:
             next(self.model.parameters()).data[0, 0, 0, 0] = float("inf")
 

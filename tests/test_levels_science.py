@@ -126,7 +126,7 @@ def test_accuracy_after_pruning_is_that_of_the_masked_weights(tmp_path: Path) ->
 
 
 def test_final_accuracy_with_an_average_is_the_averages(tmp_path: Path) -> None:
-    params = config(tmp_path, training__ema=0.8, training__epochs=2, levels__densities=[0.5])
+    params = config(tmp_path, training__ema=0.97, training__epochs=2, levels__densities=[0.5])
     directory = run(params)
     loaders = data.build(params, Shard(batch_size=40), torch.device("cpu"), False, 1)
     found = {}
