@@ -194,3 +194,15 @@ def test_a_plan_of_a_network_that_cannot_be_made_smaller_is_refused(tmp_path: Pa
     odd = {"model__name": "torchvision/shufflenet_v2_x0_5", "data__image_size": 64, "structured__keep": [0.5]}
     with pytest.raises(UserError, match=r"structured pruning of torchvision/shufflenet_v2_x0_5: its channels cannot"):
         describe(config(tmp_path, **STRUCTURED, **odd), World())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"pruning__exclude": ["nosuch*"]}, r"pruning\.exclude: 'nosuch\*'"),
+        ({"pruning__pattern": "2:4"}, r"pruning\.pattern=2:4"),
+    ],
+)
+def test_single_weights_of_a_structured_plan_are_checked(tmp_path: Path, keys: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        describe(config(tmp_path, **STRUCTURED, structured__keep=[0.5], pruning__density=0.3, **keys), World())

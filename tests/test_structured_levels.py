@@ -207,6 +207,7 @@ TICKTOCK = {**HALF, "structured.criterion": "gates", "pruning.moment": "ticktock
 WRONG: list[tuple[dict[str, object], str]] = [
     ({"structured.budget": "macs"}, "structured.keep: not set"),
     ({"structured.keep": [0.5]}, "structured.keep=0.5: has no effect with structured.budget=none"),
+    ({**HALF, "pruning.density": 0.0}, "pruning.density=0: leaves no weight in what is left of the network"),
     ({**HALF, "pruning.criterion": "snip"}, "pruning.criterion=snip: has no effect with structured.budget=macs"),
     ({**HALF, "pruning.density": 0.5, "pruning.control": "shuffle"}, "pruning.control=shuffle: has no effect"),
     ({**HALF, "recipe.soft.kind": "swish"}, "recipe.soft.kind=swish: has no effect with structured.budget=macs"),

@@ -111,6 +111,10 @@ def test_importance_is_the_derivative_by_the_logarithm_of_a_gate() -> None:
         expected += (norm.weight.detach() * norm.weight.grad + norm.bias.detach() * norm.bias.grad).abs()
     assert torch.allclose(importance.sums["a"], expected, rtol=1e-5)
     assert float(expected.min()) > 0.0
+    before = {name: total.clone() for name, total in importance.sums.items()}
+    gated.gates["a"].grad[0] = float("inf")  # type: ignore[index]
+    importance.after_backward(3)
+    assert all(torch.equal(total, before[name]) for name, total in importance.sums.items())
     again = GateImportance(gated, lambda: 1.0)
     again.load_state(importance.state())
     assert torch.equal(again.sums["b"], importance.sums["b"])

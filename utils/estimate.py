@@ -76,6 +76,9 @@ def _describe_structured(
     channels = Channels.of(
         network, (3, side, side), name=params.model.name, exclude=section.exclude, coupled=section.coupled
     )
+    if params.pruning.density is not None:
+        harness = pruning.PruningHarness(params.pruning, seed=params.run.seed)
+        harness.check(harness.start(network), [params.pruning.density], iterative=False)
     units = sum(group.size for group in channels.open)
     lines = [
         f"run directory  {run_dir(params).path}",

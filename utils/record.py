@@ -35,6 +35,7 @@ from utils.training import reduction
 from utils.training.progress import of_stock_network
 
 Row = dict[str, Any]
+_REDUCTION = "distributed.reduction"
 
 EPOCH_COLUMNS = (
     "level", "epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc",
@@ -79,6 +80,7 @@ class Record:
             "loader": loaders.loader,
             "precision": str(dtype).removeprefix("torch."),
             "pretrained": from_main(lambda: sha256(pretrained)) if pretrained is not None else None,
+            **_sums(params, world, device),
             **_mask_files(params),
             **{f"data {split}": digest for split, digest in loaders.digests.items()},
         }
@@ -133,7 +135,7 @@ class Record:
             raise UserError(f"{path}: not readable; remove the run directory or use another run.name") from error
         for name in sorted(before.keys() | self.inputs.keys()):
             old, new = before.get(name), self.inputs.get(name)
-            if old != new:
+            if old != new and not (name == _REDUCTION and None in (old, new)):  # another number of ranks
                 raise UserError(
                     f"{self.dir.path}: {name} was {_short(old)} when this run began and is {_short(new)} now; "
                     "restore it, or use another run.name"
@@ -296,6 +298,15 @@ def _method(params: Params, level: Level, masks: Masks) -> Row:
     if control == "reinitialise" and level.source is None and section.moment not in SINGLE:
         control = None
     return {"criterion": criterion, "allocation": allocation, "pattern": section.pattern, "control": control}
+
+
+def _sums(params: Params, world: World, device: torch.device) -> dict[str, Any]:
+    """How gradients are reduced, where the order of sums follows from it: two ranks sum alike either way."""
+    if world.size < 3:
+        return {}
+    choice = reduction.choose(params.distributed, world, device)
+    below = f" below {params.distributed.packed_below:g}" if choice == "packed" else ""
+    return {_REDUCTION: choice + below}
 
 
 def _mask_files(params: Params) -> dict[str, str]:

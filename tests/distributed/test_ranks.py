@@ -149,3 +149,18 @@ def test_a_rank_that_dies_stops_all_within_a_minute(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert time.monotonic() - begin < 60
     assert "rank one is broken" in done.stderr
+
+
+def test_all_ranks_step_in_one_way_where_one_lacks_the_native_update(tmp_path: Path) -> None:
+    """Gradients that only some ranks mask as they come would be averaged into pruned places."""
+    sparse = [
+        "--config",
+        "configs/quickstart.yaml",
+        "--levels.rate=0.2",
+        "--levels.count=none",
+        "--pruning.moment=init",
+    ]
+    short = ["--pruning.density=0.2", "--training.epochs=1", "--data.subset=256", "--data.loader=device"]
+    done = launch(2, "tests/distributed/unlike_worker.py", *sparse, *short, f"--run.root={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "masks take passes of their own, slower: of the native update, it is not built" in done.stdout + done.stderr

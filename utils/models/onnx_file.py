@@ -81,8 +81,12 @@ def _checked(network: nn.Module, path: Path, shape: tuple[int, int, int], name: 
     """The largest relative difference. Raises UserError above the tolerance."""
     import onnx
 
-    onnx.checker.check_model(str(path))
-    run = _session(path)
+    try:
+        onnx.checker.check_model(str(path))
+        run = _session(path)
+    except Exception as error:  # those of onnx and onnxruntime share no base class of their own
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"--export onnx: {name} does not make a sound ONNX file ({reason})") from error
     largest = 0.0
     for count in CHECKED:
         images = _images(count, shape)

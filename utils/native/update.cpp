@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -171,10 +172,14 @@ int64_t run(const Tensors &all, int64_t threads, const Constants &c) {
         return 0;
     }
     const int64_t share = (total / threads + 15) / 16 * 16;
+    const auto part_of = [&](int64_t n) { range(all, n * share, n + 1 < threads ? (n + 1) * share : total, c); };
     std::vector<std::thread> others;
-    for (int64_t n = 1; n < threads; ++n)
-        others.emplace_back([&, n] { range(all, n * share, n + 1 < threads ? (n + 1) * share : total, c); });
-    range(all, 0, share, c);
+    try {
+        for (int64_t n = 1; n < threads; ++n) others.emplace_back([&part_of, n] { part_of(n); });
+    } catch (const std::system_error &) {  // no more threads are allowed here: this one does the rest
+    }
+    part_of(0);
+    for (int64_t n = static_cast<int64_t>(others.size()) + 1; n < threads; ++n) part_of(n);
     for (std::thread &other : others) other.join();
     return 0;
 }

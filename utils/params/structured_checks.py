@@ -52,6 +52,8 @@ def problems(params: Params) -> Iterator[str]:
                     f"{_given(name, params)}: has no effect with {_given('structured.budget', params)} unless "
                     "pruning.density says how many single weights stay; set it or drop the key"
                 )
+    if params.pruning.density == 0.0:
+        yield "pruning.density=0: leaves no weight in what is left of the network; raise it or drop it"
     if not section.keep:
         yield "structured.keep: not set, and structured.budget needs it; set it, such as 0.5"
     if params.pruning.moment == "step":

@@ -6,7 +6,7 @@ import ctypes
 import platform
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_NEVER, _HUGE = 2**31 - 1, 2**30
+_NEVER, _HUGE, _LARGE = 2**31 - 1, 2**30, 2**25
 
 
 def keep_freed() -> bool:
@@ -19,4 +19,6 @@ def keep_freed() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     set_option = ctypes.CDLL(None).mallopt
-    return bool(set_option(_MMAP_THRESHOLD, _HUGE)) and bool(set_option(_TRIM_THRESHOLD, _NEVER))
+    trimmed = bool(set_option(_TRIM_THRESHOLD, _NEVER))
+    # Older versions take no more than 32 MiB, which still covers most layers.
+    return any(bool(set_option(_MMAP_THRESHOLD, size)) for size in (_HUGE, _LARGE)) and trimmed

@@ -209,6 +209,9 @@ def _same_bits(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
             q.grad = p.grad.masked_fill(~mask, 0.0)
         rule.step(places)
         stock.step()
+        for q, mask in zip(theirs, masks, strict=True):  # as `Sparsity` would: 0 / 0 at pruned places is no difference
+            for value in [q, *(v for v in stock.state[q].values() if isinstance(v, Tensor) and v.shape == q.shape)]:
+                value.detach().masked_fill_(~mask, 0.0)
     return all(_equal(p, q, natively.state[p], stock.state[q]) for p, q in zip(ours, theirs, strict=True))
 
 

@@ -234,12 +234,17 @@ class Trainer:
         """The one pass for step and masks; None where gradients are looked at before each step, or it does not fit."""
         if self.section.clip is not None or self.scaler.is_enabled():
             return None
+        update, told = None, ""
         try:
-            return MaskedUpdate(optimizer, sparsity)
+            update = MaskedUpdate(optimizer, sparsity)
         except Unfit as unfit:
-            if unfit.told:
-                self.console.line(f"masks take passes of their own, slower: {unfit}")
-            return None
+            told = str(unfit) if unfit.told else ""
+        # All ranks or none: gradients that one rank masks as they come and others do not would be averaged.
+        answers = gather((update is not None, told))
+        reasons = [reason for _, reason in answers if reason]
+        if reasons:
+            self.console.line(f"masks take passes of their own, slower: {reasons[0]}")
+        return update if all(fit for fit, _ in answers) else None
 
     def _begin_step(self, step: int, live: Live) -> Gradients:
         """`before_step` of all; returns what gradients show at pruned places from here on."""

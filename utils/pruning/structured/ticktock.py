@@ -50,10 +50,16 @@ class GateImportance(Extension):
     @torch.no_grad()
     def after_backward(self, step: int) -> None:
         """Add this step's; gradients are those of the whole global batch."""
-        for name, gate in self.gated.gates.items():
-            if gate.grad is not None:
-                found = (gate.double() * gate.grad.double()).abs() / self.scale()
-                self.sums[name] += found.nan_to_num(0.0, 0.0, 0.0)
+        found = {
+            name: (gate.double() * gate.grad.double()).abs() / self.scale()
+            for name, gate in self.gated.gates.items()
+            if gate.grad is not None
+        }
+        if not found:
+            return
+        finite = torch.stack([value.isfinite().all() for value in found.values()]).all()
+        for name, value in found.items():
+            self.sums[name] += torch.where(finite, value, 0.0)
 
     @torch.no_grad()
     def epoch_end(self, epoch: int) -> dict[str, float | None]:
