@@ -1,7 +1,8 @@
 """Keeps a model inside its masks while it trains, without touching its modules.
 
-Gradients are masked as they are accumulated (so before DDP's reduction, unscaling and clipping) and weights after
-every optimizer step. With weights and optimizer state projected whenever masks change, pruned weights are exactly
+Gradients are masked as they are accumulated (so before DDP's reduction, unscaling and clipping), or where the trainer
+says so, at the end of the backward pass or by a step that masks all it touches, on all ranks alike; weights after every
+optimizer step. With weights and optimizer state projected whenever masks change, pruned weights are exactly
 +0.0 after every step, and the live ones follow the trajectory of a `weight * mask` forward bit for bit (eager float32
 on a CPU).
 
