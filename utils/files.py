@@ -155,7 +155,8 @@ def load_weights(path: str | Path, model: torch.nn.Module | None = None) -> dict
     own = _shapes(state_of(model))
     tensors = load_tensors(path, lambda shapes: _fit(own, shapes, str(path)))[0]
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+        # A finite sum has no NaN in it, and is several times as fast to find.
+        if tensor.is_floating_point() and not bool(tensor.sum().isfinite()) and bool(tensor.isnan().any()):
             raise UserError(f"{path}: {name!r} holds NaN; make the file anew")
     return tensors
 

@@ -182,7 +182,7 @@ class Driver:
         start = self.rewinding.restore(level, first, source, optimizer)
         self.sparsity.watch(optimizer)
         self.sparsity.set(masks)
-        self._agree(f"level {level.number} start")
+        self._agree(f"level {level.number} start", self._weights_digest)
         stage = Stage(level.number, level.epochs, self._rate(level), start, self.rewinding.marks(level, optimizer))
         extensions = assemble(self.params, level, stage, self.trainer, self.masks, masks, optimizer, found is None)
         if found:
@@ -196,7 +196,8 @@ class Driver:
             raise Stopped(reason)
         rows = self._train(stage, optimizer, extensions.all, place, keeper)
         extensions.close()
-        digest = self._agree(f"level {level.number} end")
+        digest = self._weights_digest()
+        self._agree(f"level {level.number} end", digest)
         final = rows[-1] if rows else self.trainer.evaluate_all(extensions.all)
         masks = self.sparsity.masks
         effective = self.masks.effective(masks).density
@@ -307,14 +308,15 @@ class Driver:
         fresh = build_model(self.params, spec, self.params.model.pretrained, seed)
         return _copy(files.state_of(fresh))
 
-    def _agree(self, moment: str) -> str:
-        """All ranks hold the same masks and weights, and nothing pruned is alive. Returns the weights' digest."""
-        digest = files.digest(files.state_of(self.model))
+    def _weights_digest(self) -> str:
+        return files.digest(files.state_of(self.model))
+
+    def _agree(self, moment: str, weights: str | Callable[[], str]) -> None:
+        """All ranks hold the same masks and weights (digest `weights`), and nothing pruned is alive."""
         distributed.agree(f"masks at {moment}", self.sparsity.masks.digest)
-        distributed.agree(f"weights at {moment}", digest)
+        distributed.agree(f"weights at {moment}", weights)
         if violations := self.sparsity.violations():
             raise RuntimeError(f"{moment}: pruned weights of {violations[0]!r} are not 0.0")
-        return digest
 
 
 def _copy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

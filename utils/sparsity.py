@@ -158,7 +158,7 @@ class Sparsity:
         for name, p in self._parameters.items():
             tensors = [p, *self._state_of(p)]
             pruned = self._words[name] - 1  # all ones where nothing lives, else 0
-            if any(bool((_bits(t) & pruned).any()) for t in tensors):
+            if any(bool((_bits(t) & pruned).count_nonzero()) for t in tensors):
                 bad.append(name)
         return bad
 

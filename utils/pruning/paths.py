@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from utils.data.stateless import derive
 from utils.masks import Masks, bare, filled, prunable_parameters
-from utils.pruning.criteria._flow import flow, is_bias, neutral, ones, replaced
+from utils.pruning.criteria._flow import flow, is_bias, neutral, ones, pieces, replaced
 from utils.system.errors import UserError
 
 _ROW_SUM = 1 / 8
@@ -69,7 +69,10 @@ def effective(model: nn.Module, masks: Masks, input_shape: tuple[int, int, int] 
     found: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor, gradient: Tensor) -> None:
-        found[name] = ((gradient != 0) & (value != 0)).cpu()
+        on_path = torch.empty_like(gradient, dtype=torch.bool)
+        for reached, along, weight in pieces(on_path, gradient, value):
+            torch.logical_and(along, weight, out=reached)
+        found[name] = on_path.cpu()
 
     with torch.no_grad():
         values = _values(model, masks)
@@ -109,21 +112,26 @@ def _values(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
         if is_bias(name):
             values[name] = torch.zeros_like(parameter, dtype=torch.float64)
             continue
-        value = _random(parameter, name)
-        if name in masks:
-            value = filled(value, masks[name].to(value.device))
-        values[name] = value
-        if name in weights and value.ndim > 1:
-            rows = value.view(len(value), -1)
-            sums = rows.sum(1, keepdim=True)
-            rows.mul_(torch.where(sums > 0, _ROW_SUM / sums, 0.0))
+        values[name] = value = _random(parameter, name)
+        kept = masks[name].to(value.device) if name in masks else None
+        normalised = name in weights and value.ndim > 1
+        for part, live in pieces(value, value if kept is None else kept):
+            if kept is not None:
+                part.copy_(filled(part, live))
+            if normalised:
+                rows = part.view(len(part), -1)
+                sums = rows.sum(1, keepdim=True)
+                rows.mul_(torch.where(sums > 0, _ROW_SUM / sums, 0.0))
     return values
 
 
 def _random(like: Tensor, name: str) -> Tensor:
     """Float64 in [0.5, 1), a function of the name and the shape, contiguous on the device of `like`."""
     generator = torch.Generator().manual_seed(derive("paths", name))
-    return torch.rand(like.shape, generator=generator).to(like.device, torch.float64).add_(1.0).mul_(0.5)
+    value = torch.empty(like.shape, dtype=torch.float64)
+    for (part,) in pieces(value):
+        part.copy_(torch.rand(part.shape, generator=generator)).add_(1.0).mul_(0.5)
+    return value.to(like.device)
 
 
 def _pools(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:

@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import nn
 
 from utils.masks import Masks, bare
@@ -67,7 +68,7 @@ def _row(name: str, shape: tuple[int, ...], masks: Masks, effective: Mapping[str
     density = kept / numel if numel else 1.0
     dead = prunable and kept == 0 < numel
     sizes = "x".join(map(str, shape)) or "scalar"
-    width = int(masks[name].flatten(1).any(1).sum()) if prunable and len(shape) > 1 else None
+    width = int(np.count_nonzero(masks[name].flatten(1).numpy().any(1))) if prunable and len(shape) > 1 else None
     return Row(name, sizes, prunable, numel, kept, density, dead, effective.get(name), width)
 
 

@@ -182,9 +182,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def agree(what: str, digest: str) -> None:
-    """Raise RuntimeError on every rank unless all hold the same digest of `what`."""
-    digests = gather(digest)
+def agree(what: str, digest: str | Callable[[], str]) -> None:
+    """Raise RuntimeError on every rank unless all hold the same digest of `what`; made only where there are ranks."""
+    if not active():
+        return
+    digests = gather(digest if isinstance(digest, str) else digest())
     if len(set(digests)) > 1:
         table = ", ".join(f"rank {rank}: {value[:12]}" for rank, value in enumerate(digests))
         raise RuntimeError(f"{what} differ between ranks ({table})")

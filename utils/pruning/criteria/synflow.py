@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from utils.masks import Masks, bare, filled
 from utils.pruning.criteria import Batches, Loss, Scores, criterion
-from utils.pruning.criteria._flow import flow, is_bias, neutral, ones
+from utils.pruning.criteria._flow import flow, is_bias, neutral, ones, pieces
 from utils.system.errors import UserError
 
 _SCALES = ((0, 0), (0, 512), (0, 960), (512, 512), (960, 960))
@@ -49,9 +49,8 @@ def synflow(
         total = image.new_zeros(())
         for inner, outer in _SCALES:
             if inner or total.isfinite():
-                scores, total = _scores(model, masks, image * 2.0**-inner, 2.0**-outer)
-                # No score is negative, so a finite sum means that all are finite.
-                if torch.stack([total, *(score.sum() for score in scores.values())]).isfinite().all():
+                scores, total, finite = _scores(model, masks, image * 2.0**-inner, 2.0**-outer)
+                if finite:
                     return scores
     raise UserError(
         "pruning.criterion=synflow: the flow is not finite at any scale of float64; "
@@ -59,12 +58,15 @@ def synflow(
     )
 
 
-def _scores(model: nn.Module, masks: Masks, image: Tensor, scale: float) -> tuple[Scores, Tensor]:
-    """Scores times `scale`, and R."""
+def _scores(model: nn.Module, masks: Masks, image: Tensor, scale: float) -> tuple[Scores, Tensor, bool]:
+    """Scores times `scale`, R, and whether all of them are finite."""
     scores: Scores = {}
+    sums: list[Tensor] = []
 
     def keep(name: str, value: Tensor, gradient: Tensor) -> None:
-        scores[name] = gradient.mul_(value).abs_()
+        scores[name] = gradient
+        for score, weight in pieces(gradient, value):
+            sums.append(score.mul_(weight).abs_().sum())
 
     with torch.no_grad():
         values = {name: _positive(name, p, masks) for name, p in model.named_parameters()}
@@ -74,14 +76,18 @@ def _scores(model: nn.Module, masks: Masks, image: Tensor, scale: float) -> tupl
     for name in masks:  # weights that the outputs do not depend on
         if name not in scores:
             scores[name] = torch.zeros_like(values[name], requires_grad=False)
-    return {name: scores[name] for name in masks}, total
+    # No score is negative, so a finite sum means that all are finite.
+    finite = bool(torch.stack([total, *sums]).isfinite().all())
+    return {name: scores[name] for name in masks}, total, finite
 
 
 def _positive(name: str, parameter: Tensor, masks: Masks) -> Tensor:
     """|parameter| in float64, 0 at pruned places; all 0 for a bias."""
     if is_bias(name):
         return torch.zeros_like(parameter, dtype=torch.float64)
-    value = parameter.abs()  # exact in any precision, so the narrow one is the cheaper
-    if name in masks and masks.counts[name] < parameter.numel():
-        value = filled(value, masks[name].to(parameter.device))
-    return value.double()
+    if name not in masks or masks.counts[name] == parameter.numel():
+        return parameter.abs().double()  # exact in any precision, so the narrow one is the cheaper
+    value = torch.empty_like(parameter, dtype=torch.float64)
+    for positive, weight, kept in pieces(value, parameter, masks[name].to(parameter.device)):
+        positive.copy_(filled(weight.abs(), kept))
+    return value
