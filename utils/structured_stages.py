@@ -135,9 +135,7 @@ class Stages:
         task = ImageClassification(**self.options)  # type: ignore[arg-type]
         trainer = self._trainer(self._placed(cut.model), task)
         pruned = self._accuracy(trainer) if level.rewind is not None else None
-        distributed.agree(
-            f"weights at level {level.number} start", lambda: files.digest(files.state_of(trainer.model))
-        )
+        distributed.agree(f"weights at level {level.number} start", lambda: files.digest(files.state_of(trainer.model)))
         optimizer = build_optimizer(trainer.model, self.params.optimizer, self.device)
         stage = self._stage(level, trainer)
         extensions, average = self._extensions(level, stage, trainer, place, cut.masks)
