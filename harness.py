@@ -30,13 +30,13 @@ def main() -> None:
         print(RunDir(run_path(params)).status_of(params.levels.only))
         return
     # torch is imported only once the config is known to be good: a typo is told in under a second.
-    with uncollected():
+    with uncollected(forever=True):
         import harness_utils
 
     if params.run.plan:
         harness_utils.print_plan(params)
         return
-    with uncollected():
+    with uncollected(forever=True):
         from utils import levels, reporting, structured_levels
 
     driver = levels.Driver if params.structured.budget is None else structured_levels.StructuredDriver

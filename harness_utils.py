@@ -20,6 +20,7 @@ from utils.system import distributed, memory
 from utils.system.console import Console
 from utils.system.distributed import World
 from utils.system.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Busy, Preempted, UserError
+from utils.system.imports import uncollected
 from utils.system.launcher import Launcher
 from utils.system.stopping import LAUNCHER_GONE, Never, Stopping
 
@@ -135,8 +136,9 @@ def _prepare(params: Params, world: World) -> None:
     from utils.waiting import wait_for_source
 
     check_ranks(params, world.size)
-    models.check_name(params.model.name)
-    check_method(params)
+    with uncollected(forever=True):  # models and methods are imported where they are first looked up
+        models.check_name(params.model.name)
+        check_method(params)
     wait_for_source(params, world)
     # Before the process group starts: writing .beton files can outlast any sensible collective timeout.
     data.prepare(params)
