@@ -4,8 +4,8 @@ The level is the trainer's own: the `device` loader with augmentation, losses an
 losses and at signals, masks at density 0.1. The bare loop is forward, backward and optimizer on one batch that lies on
 the device, with the same masks; the published harness's step, rebuilt in `benchmarks.published`, has the same batch to
 itself: NCHW order, weight * mask in every forward pass, loss and accuracy read back at every step. All in the same
-precision, at the same masks; the published step in a process of its own. Costs are CPU time of one thread, on a GPU
-wall time.
+precision, at the same masks; the published step in a process of its own. The level also with training.compile. Costs
+are CPU time of one thread, on a GPU wall time.
 
     python -m benchmarks.trainer
     python -m benchmarks.trainer --device cuda
@@ -52,7 +52,14 @@ def plan(device: torch.device, dtype: torch.dtype, steps: int | None) -> list[tu
         return Work(model, classes, size, batch, name, str(device), steps or default, compile)
 
     if device.type == "cpu":
-        return [(one("cifar/resnet20", 128, 12), ">= 1.4"), (one("cifar/resnet18", 64, 6), ">= 1.3")]
+        return [
+            row
+            for compile in (False, True)
+            for row in (
+                (one("cifar/resnet20", 128, 12, compile=compile), ">= 1.4"),
+                (one("cifar/resnet18", 64, 6, compile=compile), ">= 1.3"),
+            )
+        ]
     found = []
     for compile in (False, True):
         found += [
