@@ -10,7 +10,7 @@ from utils.pruning.criteria import Batches, Loss, Scores, criterion
 from utils.pruning.criteria._flow import flow, is_bias, neutral, ones, pieces
 from utils.system.errors import UserError
 
-_SCALES = ((0, 0), (0, 512), (0, 960), (512, 512), (960, 960))
+_SCALES = ((0, 0), (0, 512), (0, 960), (512, 512), (960, 960), (1020, 1020))
 """Powers of 1/2 that scale input and output, in the order tried."""
 
 
