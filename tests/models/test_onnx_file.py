@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -17,10 +19,6 @@ from utils.pruning.structured import Channels, shrink
 from utils.system import optional
 from utils.system.errors import UserError
 from utils.system.optional import require
-
-onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
 
 
 def scores(path: Path, images: torch.Tensor) -> np.ndarray:
