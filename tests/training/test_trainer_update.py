@@ -78,6 +78,29 @@ def test_gradients_are_masked_at_the_steps_that_read_them(steps: list[int]) -> N
     same(model, plain_loop(2)[0])
 
 
+class Replacing(Extension):
+    """Takes the place of step 3 and asks for no dense gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.pruned: list[bool] = []
+
+    def replaces_step(self, step: int) -> bool:
+        return step == 3
+
+    def update(self, step: int) -> None:
+        grad = self.model[4].weight.grad
+        self.pruned.append(bool(grad[~half(self.model)["4.weight"]].any()))
+        assert grad.any()
+
+
+def test_an_update_in_the_steps_place_reads_masked_gradients_unless_it_asks(steps: list[int]) -> None:
+    made: list[Replacing] = []
+    fitted(lambda m: [made.append(Replacing(m)) or made[0]])  # type: ignore[func-returns-value,list-item]
+    assert len(steps) == 11
+    assert made[0].pruned == [False]
+
+
 class Asking(Extension):
     """Reads gradients without a word on when."""
 
