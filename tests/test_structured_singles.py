@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from utils.params import Params
 from utils.pruning.structured.cost import counted_macs
 from utils.reporting.verify import verify
 from utils.system.distributed import World
+from utils.system.errors import UserError
 from utils.system.rundir import RunDir
 from utils.training.evaluate import evaluate
 
@@ -83,6 +86,37 @@ def test_averages_are_written_and_are_what_the_row_says(finished: tuple[Params, 
         found = evaluate(params, place, True, World(), torch.device("cpu"))
         assert found.agreement == "exact"
         assert place.gradients.is_file()
+
+
+def copied(run_dir: RunDir, root: Path) -> RunDir:
+    return RunDir(Path(shutil.copytree(run_dir.path, root / run_dir.path.name)))
+
+
+@pytest.mark.parametrize("fault", ["missing", "another one"])
+def test_a_level_without_its_mask_is_found_and_not_gone_on_from(
+    finished: tuple[Params, RunDir], tmp_path: Path, fault: str
+) -> None:
+    """As if all its weights lived, the level after it would be another."""
+    directory = copied(finished[1], tmp_path)
+    mask = directory.level(1).mask
+    dense = {name: torch.ones_like(values) for name, values in Masks.load(mask).items()}
+    mask.unlink()
+    if fault == "another one":
+        Masks(dense).save(mask)
+    problems = verify(directory)
+    assert any(
+        ("missing, level 1 pruned single weights" if fault == "missing" else "mask_digest") in p for p in problems
+    )
+    directory.level(2).row.unlink()
+    with pytest.raises(UserError, match=rf"level_01/mask\.safetensors: {fault}; level 1 was trained in"):
+        run(replace(finished[0], run=replace(finished[0].run, root=str(tmp_path))))
+
+
+def test_a_missing_average_is_found(finished: tuple[Params, RunDir], tmp_path: Path) -> None:
+    directory = copied(finished[1], tmp_path)
+    for number in (0, 1):
+        directory.level(number).average.unlink()
+    assert [problem.rpartition(": ")[2] for problem in verify(directory)] == ["missing, training.ema is set"] * 2
 
 
 def test_fresh_weights_are_pruned_too(tmp_path: Path) -> None:

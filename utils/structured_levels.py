@@ -209,7 +209,7 @@ class StructuredDriver:
             "macs_dense": channels.macs_dense,
             **self.singles.costs(cut),
             "kept_share": None if cut.chosen is None else cut.chosen.reached / cut.chosen.reference,
-            "mask_digest": _digest(cut),
+            "mask_digest": cut.digest,
         }
         if cut.chosen is not None:
             row |= {"criterion": section.criterion, "allocation": section.scope, "pattern": "channels removed"}
@@ -233,7 +233,7 @@ class StructuredDriver:
         cut = trained.cut
         if cut.chosen is None:
             self.channels.note(level, place, cut)
-        digests = {"widths": cut.kept.digest, "mask_digest": _digest(cut)}
+        digests = {"widths": cut.kept.digest, "mask_digest": cut.digest}
         files.save_weights(place.weights, cut.model, **digests)
         if cut.masks is not None:
             cut.masks.save(place.mask)
@@ -257,8 +257,3 @@ def described(groups: Sequence[ChannelGroup]) -> str:
     text = f"channels: {len(groups) - len(whole)} groups may be pruned, {len(whole)} stay whole"
     why = "; ".join(f"{group.name}: {group.protected}" for group in whole[:MOST_TOLD])
     return f"{text} ({why}{'; ...' if len(whole) > MOST_TOLD else ''})" if whole else text
-
-
-def _digest(cut: Cut) -> str:
-    """Of the masks of single weights where there are any, else of the channels kept."""
-    return cut.kept.digest if cut.masks is None else cut.masks.digest
