@@ -11,6 +11,7 @@ import torch
 
 from tests.levels_cases import config, row, rows, run
 from utils import files, levels
+from utils.analysis.commands import _check_alike
 from utils.estimate import describe
 from utils.masks import Masks
 from utils.reporting.__main__ import main as report
@@ -130,16 +131,20 @@ def test_a_trigger_measures_from_the_rescaled_weights(tmp_path: Path) -> None:
     assert float(rows(directory.level(0).epochs)[0]["distance"]) < 1e-6  # rescaling itself moves weights by a tenth
 
 
-def test_the_best_epochs_are_among_those_of_the_stock_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted = iter([(90.0, 91.0), (80.0, 81.0), (85.0, 82.0), (84.0, 83.0)])
+@pytest.mark.parametrize(("soft", "ghost"), [("11it", "6it"), ("6it", "11it")])
+def test_the_best_epochs_are_among_those_of_the_stock_network(
+    soft: str, ghost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs have five steps: the first has both in it, the second soft activations alone, or skips alone."""
+    scripted = iter([(95.0, 96.0), (90.0, 91.0), (85.0, 82.0), (84.0, 83.0)])
 
     def evaluate(self: Trainer, extensions: Sequence[Extension] = ()) -> Row:
         val, test = next(scripted)
         return {"val_loss": 1.0, "val_acc": val, "test_loss": 1.0, "test_acc": test, "test_acc_top5": 100.0}
 
     monkeypatch.setattr(Trainer, "evaluate_all", evaluate)
-    ramps = {"recipe__soft__kind": "mish", "recipe__soft__end": "6it", "recipe__ghost__kind": "identity"}
-    keys = {"data__val": 0.2, "data__subset": 200, "run__keep": "best", "recipe__ghost__end": "5it"}
+    ramps = {"recipe__soft__kind": "mish", "recipe__soft__end": soft, "recipe__ghost__kind": "identity"}
+    keys = {"data__val": 0.2, "data__subset": 200, "run__keep": "best", "recipe__ghost__end": ghost}
     directory = run(config(tmp_path, 4, **SPARSE, **ramps, **keys))
     kept = row(directory)
     assert [kept[name] for name in ("max_test_acc", "best_val_test_acc")] == ["83.0", "82.0"]
@@ -155,6 +160,10 @@ def test_the_best_epochs_are_among_those_of_the_stock_network(tmp_path: Path, mo
             {"smoothing__schedule": "constant", "smoothing__amount": 0.95, "smoothing__convention": "others"},
             "recipe.smoothing.amount=0.95: leaves the label's class less",
         ),
+        (
+            {"smoothing__schedule": "linear", "smoothing__final": 0.95, "smoothing__convention": "others"},
+            "recipe.smoothing.final=0.95: leaves the label's class less",
+        ),
         ({"rescale__method": "sgd", "rescale__batch_size": 90}, "recipe.rescale.batch_size=90: an iteration needs two"),
     ],
 )
@@ -167,6 +176,11 @@ def test_what_cannot_work_is_refused_before_the_dense_level_and_by_the_plan(
     with pytest.raises(UserError, match=re.escape(text)):
         describe(params, World())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dense_plan_needs_nothing_to_bridge(tmp_path: Path) -> None:
+    keys = {"recipe__ghost__kind": "1x1", "recipe__ghost__exclude": "layer*"}
+    assert "starts from" in describe(config(tmp_path, 1, levels__count=1, **keys), World())
 
 
 def test_gradient_norms_of_the_first_steps(everything: RunDir, tmp_path: Path) -> None:
@@ -235,6 +249,18 @@ def test_runs_of_another_network_are_not_connected(
     assert "model.name is cifar/resnet20 in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("changed", [{"keep": False}, {"kind": "gelu"}, {"beta": 2.0}])
+def test_networks_of_other_activations_are_not_connected(tmp_path: Path, changed: dict[str, object]) -> None:
+    soft = {"kind": "swish", "keep": True}
+    one, same, other = (
+        config(tmp_path, 1, **SPARSE, **{f"recipe__soft__{name}": value for name, value in keys.items()})
+        for keys in (soft, soft, {**soft, **changed})
+    )
+    _check_alike(one, same, ("a", "b"))
+    with pytest.raises(UserError, match=rf"connectivity: recipe\.soft\.{next(iter(changed))} is .* in a and .* in b"):
+        _check_alike(one, other, ("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -245,7 +271,8 @@ def test_runs_of_another_network_are_not_connected(
         (["gradients", "RUN", "--level", "0", "--out", "a.txt"], "end the name in .png"),
         (["masks", "nowhere.safetensors", "RUN", "--out", "a.csv"], "nowhere.safetensors: no such file"),
         (["activations", "RUN", "--level", "0", "--near", "nan", "--out", "a.csv"], "--near=nan: not a size"),
-        (["connectivity", "RUN", "nowhere", "--level", "0", "--out", "a.csv"], "--level names a level that is not fin"),
+        (["connectivity", "RUN", "nowhere", "--level", "0", "--out", "a.csv"], "nowhere: not a run directory"),
+        (["connectivity", "RUN", "RUN", "--level", "7", "--out", "a.csv"], "--level names a level that is not fin"),
         (
             ["connectivity", "RUN", "RUN", "--level", "0", "--second-level", "7", "--out", "a.csv"],
             "--second-level names a level that is not finished",
