@@ -14,7 +14,9 @@ import torch
 
 from utils import data, files, reporting
 from utils.data.order import Shard
+from utils.feasibility import check_recipes, check_steps
 from utils.level_channels import Cut, LevelChannels
+from utils.masks import Masks
 from utils.owned import own_level
 from utils.params import Params
 from utils.params.checks import check_ranks
@@ -65,7 +67,10 @@ class StructuredDriver:
         self.loaders = data.build(params, shard, device, training.channels_last, workers)
         try:
             task = ImageClassification(**task_options(params, self.loaders))  # type: ignore[arg-type]
+            check_steps(params, self.plan, len(self.loaders.train) // training.accumulation)
             self.channels = LevelChannels(params, self.loaders, task, run_dir(params), world, device)
+            spec, samples = self.loaders.spec, self.loaders.train.samples
+            check_recipes(params, self.plan, self.channels.searched, Masks({}), spec, samples)
             self.singles = SingleWeights(params, self.loaders, task, self.channels, world, device)
             self.stages = Stages(params, self.plan, self.loaders, self.channels, world, device, console, self.stopping)
             self.initial_digest = files.digest(self.channels.initial)
