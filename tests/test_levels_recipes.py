@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,18 @@ import pytest
 import torch
 
 from tests.levels_cases import config, row, rows, run
+from tests.test_levels_resume import Stops
 from utils import files, levels
 from utils.analysis.commands import _check_alike
 from utils.estimate import describe
 from utils.masks import Masks
+from utils.params import Params
 from utils.reporting.__main__ import main as report
 from utils.system.console import Console
 from utils.system.distributed import World
-from utils.system.errors import UserError
+from utils.system.errors import Preempted, UserError
 from utils.system.rundir import RunDir
+from utils.system.stopping import Never
 from utils.training.extension import Extension
 from utils.training.trainer import Row, Trainer
 
@@ -117,11 +121,18 @@ def test_rescaling_happens_where_a_level_starts_from_initial_weights(tmp_path: P
         def line(self, text: str = "") -> None:
             told.append(text)
 
-    for rewind, times in (("lrr", 1), ("imp", 2)):
+    def rescaled(params: Params, stopping: Never | None = None) -> int:
         told.clear()
-        params = config(tmp_path / rewind, 1, levels__count=2, levels__rewind=rewind, **keys)
-        levels.Driver(params, World(), torch.device("cpu"), Listening(main=False)).run()
-        assert sum(text.startswith("rescaled initial weights") for text in told) == times
+        with contextlib.suppress(Preempted):
+            levels.Driver(params, World(), torch.device("cpu"), Listening(main=False), stopping).run()
+        return sum(text.startswith("rescaled initial weights") for text in told)
+
+    for epochs, rewind, times in ((1, "lrr", 1), (1, "imp", 2), (0, "imp", 0)):
+        assert rescaled(config(tmp_path, epochs, levels__count=2, levels__rewind=rewind, **keys)) == times
+    params = config(tmp_path, 2, levels__count=1, **keys)
+    assert rescaled(params, Stops(4)) == 1
+    assert rescaled(params) == 0
+    assert any(text.startswith("resumed level 0 ") for text in told)
 
 
 def test_a_trigger_measures_from_the_rescaled_weights(tmp_path: Path) -> None:

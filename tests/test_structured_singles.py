@@ -17,6 +17,8 @@ from utils.models.widths import WidthFile
 from utils.params import Params
 from utils.pruning.structured.cost import counted_macs
 from utils.reporting.verify import verify
+from utils.structured_levels import StructuredDriver
+from utils.system.console import Console
 from utils.system.distributed import World
 from utils.system.errors import UserError
 from utils.system.rundir import RunDir
@@ -86,6 +88,17 @@ def test_averages_are_written_and_are_what_the_row_says(finished: tuple[Params, 
         found = evaluate(params, place, True, World(), torch.device("cpu"))
         assert found.agreement == "exact"
         assert place.gradients.is_file()
+
+
+def test_weights_are_masked_before_the_network_is_first_evaluated(tmp_path: Path) -> None:
+    params = structured(tmp_path, 0, pruning__density=0.3)
+    driver = StructuredDriver(params, World(), torch.device("cpu"), Console(main=False))
+    cut = driver.singles.prune(driver.channels.whole(), Console(main=False))
+    driver.loaders.close()
+    assert cut.masks is not None
+    assert cut.masks.kept == int(0.3 * cut.masks.total + 0.5)
+    for name, p in cut.model.named_parameters():
+        assert name not in cut.masks or torch.equal(p != 0, cut.masks[name])
 
 
 def copied(run_dir: RunDir, root: Path) -> RunDir:
