@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from tests.levels_cases import config, row, rows, run
 from tests.test_levels_resume import Stops
@@ -217,16 +220,39 @@ def test_activations_of_a_level(plain: RunDir, tmp_path: Path) -> None:
 
 
 def test_the_line_between_two_runs(plain: RunDir, everything: RunDir, tmp_path: Path) -> None:
-    out = tmp_path / "c.csv"
-    words = ["connectivity", str(plain.path), str(everything.path), "--level", "0", "--points", "3", "--out", str(out)]
-    assert report(words) == 0
-    assert [float(one["share"]) for one in rows(out)] == [0.0, 0.5, 1.0]
+    found = []
+    for number, ends in enumerate([(plain, everything), (everything, plain)]):
+        out = tmp_path / f"{number}.csv"
+        runs = [str(end.path) for end in ends]
+        assert report(["connectivity", *runs, "--level", "0", "--points", "3", "--out", str(out)]) == 0
+        found.append(rows(out))
+        assert [float(one["share"]) for one in found[-1]] == [0.0, 0.5, 1.0]
+    there, back = ([float(one["loss"]) for one in lines] for lines in found)
+    assert there == pytest.approx(back[::-1], rel=1e-5)
+    assert abs(there[0] - there[2]) > 1e-3
 
 
 def test_masks_of_runs(plain: RunDir, everything: RunDir, tmp_path: Path) -> None:
     out = tmp_path / "m.csv"
     assert report(["masks", str(plain.path), str(everything.path), "--out", str(out)]) == 0
     assert {one["jaccard"] for one in rows(out)} == {"1.0"}  # paired: the same seed draws the same masks
+
+
+def test_norms_that_a_logarithm_cannot_show_take_the_ends_of_the_scale(
+    everything: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDir(Path(shutil.copytree(everything.path, tmp_path / everything.path.name)))
+    directory.level(0).gradients.write_text("step,a,b\n0,0.0,2.0\n1,inf,0.5\n")
+    shown: list[np.ndarray] = []
+    draw = Axes.imshow
+
+    def seen(axes: Axes, values: np.ndarray, **options: object) -> object:
+        shown.append(np.asarray(values))
+        return draw(axes, values, **options)
+
+    monkeypatch.setattr(Axes, "imshow", seen)
+    assert report(["gradients", str(directory.path), "--level", "0", "--out", str(tmp_path / "g.png")]) == 0
+    assert shown[0].tolist() == [[0.5, 2.0], [2.0, 0.5]]
 
 
 def test_damaged_gradient_norms_are_one_line(

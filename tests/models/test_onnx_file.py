@@ -81,6 +81,15 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = trained()
+    with torch.no_grad():
+        model.fc1.bias[0] = float("nan")
+    with pytest.raises(UserError, match="differ by nan from torch's"):
+        write_onnx(model, tmp_path / "m.onnx", SHAPE[1], {})
+    assert list(tmp_path.iterdir()) == []
+
+
 class OneByOne(nn.Module):
     """What it does depends on the number of images."""
 
