@@ -7,7 +7,6 @@ evaluating so many batches, and `reduce` with those of averaging one gradient.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -79,9 +78,11 @@ class Arm:
         self.held = sparsity.attach(self.network, self.optimizer, masks) if name == "masked" else None
         self.step: Callable[[], object] = self.optimizer.step
         if self.held is not None:
-            with contextlib.suppress(Unfit):  # then gradients are masked by hooks, and weights after the step
+            try:
                 self.step = MaskedUpdate(self.optimizer, self.held).step
                 self.held.late_gradients(True)
+            except Unfit as unfit:  # then gradients are masked by hooks, and weights after the step
+                print(f"rank {self.rank}: masks take passes of their own, slower: {unfit}", file=sys.stderr, flush=True)
 
     def images(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.rank)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from tests.levels_cases import config, row, rows, run
+from tests.test_levels_resume import Stops
 from utils import files, levels
+from utils.analysis.commands import _check_alike
 from utils.estimate import describe
 from utils.masks import Masks
+from utils.params import Params
 from utils.reporting.__main__ import main as report
 from utils.system.console import Console
 from utils.system.distributed import World
-from utils.system.errors import UserError
+from utils.system.errors import Preempted, UserError
 from utils.system.rundir import RunDir
+from utils.system.stopping import Never
 from utils.training.extension import Extension
 from utils.training.trainer import Row, Trainer
 
@@ -116,11 +124,18 @@ def test_rescaling_happens_where_a_level_starts_from_initial_weights(tmp_path: P
         def line(self, text: str = "") -> None:
             told.append(text)
 
-    for rewind, times in (("lrr", 1), ("imp", 2)):
+    def rescaled(params: Params, stopping: Never | None = None) -> int:
         told.clear()
-        params = config(tmp_path / rewind, 1, levels__count=2, levels__rewind=rewind, **keys)
-        levels.Driver(params, World(), torch.device("cpu"), Listening(main=False)).run()
-        assert sum(text.startswith("rescaled initial weights") for text in told) == times
+        with contextlib.suppress(Preempted):
+            levels.Driver(params, World(), torch.device("cpu"), Listening(main=False), stopping).run()
+        return sum(text.startswith("rescaled initial weights") for text in told)
+
+    for epochs, rewind, times in ((1, "lrr", 1), (1, "imp", 2), (0, "imp", 0)):
+        assert rescaled(config(tmp_path, epochs, levels__count=2, levels__rewind=rewind, **keys)) == times
+    params = config(tmp_path, 2, levels__count=1, **keys)
+    assert rescaled(params, Stops(4)) == 1
+    assert rescaled(params) == 0
+    assert any(text.startswith("resumed level 0 ") for text in told)
 
 
 def test_a_trigger_measures_from_the_rescaled_weights(tmp_path: Path) -> None:
@@ -130,16 +145,20 @@ def test_a_trigger_measures_from_the_rescaled_weights(tmp_path: Path) -> None:
     assert float(rows(directory.level(0).epochs)[0]["distance"]) < 1e-6  # rescaling itself moves weights by a tenth
 
 
-def test_the_best_epochs_are_among_those_of_the_stock_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted = iter([(90.0, 91.0), (80.0, 81.0), (85.0, 82.0), (84.0, 83.0)])
+@pytest.mark.parametrize(("soft", "ghost"), [("11it", "6it"), ("6it", "11it")])
+def test_the_best_epochs_are_among_those_of_the_stock_network(
+    soft: str, ghost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs have five steps: the first has both in it, the second soft activations alone, or skips alone."""
+    scripted = iter([(95.0, 96.0), (90.0, 91.0), (85.0, 82.0), (84.0, 83.0)])
 
     def evaluate(self: Trainer, extensions: Sequence[Extension] = ()) -> Row:
         val, test = next(scripted)
         return {"val_loss": 1.0, "val_acc": val, "test_loss": 1.0, "test_acc": test, "test_acc_top5": 100.0}
 
     monkeypatch.setattr(Trainer, "evaluate_all", evaluate)
-    ramps = {"recipe__soft__kind": "mish", "recipe__soft__end": "6it", "recipe__ghost__kind": "identity"}
-    keys = {"data__val": 0.2, "data__subset": 200, "run__keep": "best", "recipe__ghost__end": "5it"}
+    ramps = {"recipe__soft__kind": "mish", "recipe__soft__end": soft, "recipe__ghost__kind": "identity"}
+    keys = {"data__val": 0.2, "data__subset": 200, "run__keep": "best", "recipe__ghost__end": ghost}
     directory = run(config(tmp_path, 4, **SPARSE, **ramps, **keys))
     kept = row(directory)
     assert [kept[name] for name in ("max_test_acc", "best_val_test_acc")] == ["83.0", "82.0"]
@@ -155,6 +174,10 @@ def test_the_best_epochs_are_among_those_of_the_stock_network(tmp_path: Path, mo
             {"smoothing__schedule": "constant", "smoothing__amount": 0.95, "smoothing__convention": "others"},
             "recipe.smoothing.amount=0.95: leaves the label's class less",
         ),
+        (
+            {"smoothing__schedule": "linear", "smoothing__final": 0.95, "smoothing__convention": "others"},
+            "recipe.smoothing.final=0.95: leaves the label's class less",
+        ),
         ({"rescale__method": "sgd", "rescale__batch_size": 90}, "recipe.rescale.batch_size=90: an iteration needs two"),
     ],
 )
@@ -167,6 +190,11 @@ def test_what_cannot_work_is_refused_before_the_dense_level_and_by_the_plan(
     with pytest.raises(UserError, match=re.escape(text)):
         describe(params, World())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dense_plan_needs_nothing_to_bridge(tmp_path: Path) -> None:
+    keys = {"recipe__ghost__kind": "1x1", "recipe__ghost__exclude": "layer*"}
+    assert "starts from" in describe(config(tmp_path, 1, levels__count=1, **keys), World())
 
 
 def test_gradient_norms_of_the_first_steps(everything: RunDir, tmp_path: Path) -> None:
@@ -192,16 +220,39 @@ def test_activations_of_a_level(plain: RunDir, tmp_path: Path) -> None:
 
 
 def test_the_line_between_two_runs(plain: RunDir, everything: RunDir, tmp_path: Path) -> None:
-    out = tmp_path / "c.csv"
-    words = ["connectivity", str(plain.path), str(everything.path), "--level", "0", "--points", "3", "--out", str(out)]
-    assert report(words) == 0
-    assert [float(one["share"]) for one in rows(out)] == [0.0, 0.5, 1.0]
+    found = []
+    for number, ends in enumerate([(plain, everything), (everything, plain)]):
+        out = tmp_path / f"{number}.csv"
+        runs = [str(end.path) for end in ends]
+        assert report(["connectivity", *runs, "--level", "0", "--points", "3", "--out", str(out)]) == 0
+        found.append(rows(out))
+        assert [float(one["share"]) for one in found[-1]] == [0.0, 0.5, 1.0]
+    there, back = ([float(one["loss"]) for one in lines] for lines in found)
+    assert there == pytest.approx(back[::-1], rel=1e-5)
+    assert abs(there[0] - there[2]) > 1e-3
 
 
 def test_masks_of_runs(plain: RunDir, everything: RunDir, tmp_path: Path) -> None:
     out = tmp_path / "m.csv"
     assert report(["masks", str(plain.path), str(everything.path), "--out", str(out)]) == 0
     assert {one["jaccard"] for one in rows(out)} == {"1.0"}  # paired: the same seed draws the same masks
+
+
+def test_norms_that_a_logarithm_cannot_show_take_the_ends_of_the_scale(
+    everything: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDir(Path(shutil.copytree(everything.path, tmp_path / everything.path.name)))
+    directory.level(0).gradients.write_text("step,a,b\n0,0.0,2.0\n1,inf,0.5\n")
+    shown: list[np.ndarray] = []
+    draw = Axes.imshow
+
+    def seen(axes: Axes, values: np.ndarray, **options: object) -> object:
+        shown.append(np.asarray(values))
+        return draw(axes, values, **options)
+
+    monkeypatch.setattr(Axes, "imshow", seen)
+    assert report(["gradients", str(directory.path), "--level", "0", "--out", str(tmp_path / "g.png")]) == 0
+    assert shown[0].tolist() == [[0.5, 2.0], [2.0, 0.5]]
 
 
 def test_damaged_gradient_norms_are_one_line(
@@ -235,6 +286,18 @@ def test_runs_of_another_network_are_not_connected(
     assert "model.name is cifar/resnet20 in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("changed", [{"keep": False}, {"kind": "gelu"}, {"beta": 2.0}])
+def test_networks_of_other_activations_are_not_connected(tmp_path: Path, changed: dict[str, object]) -> None:
+    soft = {"kind": "swish", "keep": True}
+    one, same, other = (
+        config(tmp_path, 1, **SPARSE, **{f"recipe__soft__{name}": value for name, value in keys.items()})
+        for keys in (soft, soft, {**soft, **changed})
+    )
+    _check_alike(one, same, ("a", "b"))
+    with pytest.raises(UserError, match=rf"connectivity: recipe\.soft\.{next(iter(changed))} is .* in a and .* in b"):
+        _check_alike(one, other, ("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -245,7 +308,8 @@ def test_runs_of_another_network_are_not_connected(
         (["gradients", "RUN", "--level", "0", "--out", "a.txt"], "end the name in .png"),
         (["masks", "nowhere.safetensors", "RUN", "--out", "a.csv"], "nowhere.safetensors: no such file"),
         (["activations", "RUN", "--level", "0", "--near", "nan", "--out", "a.csv"], "--near=nan: not a size"),
-        (["connectivity", "RUN", "nowhere", "--level", "0", "--out", "a.csv"], "--level names a level that is not fin"),
+        (["connectivity", "RUN", "nowhere", "--level", "0", "--out", "a.csv"], "nowhere: not a run directory"),
+        (["connectivity", "RUN", "RUN", "--level", "7", "--out", "a.csv"], "--level names a level that is not fin"),
         (
             ["connectivity", "RUN", "RUN", "--level", "0", "--second-level", "7", "--out", "a.csv"],
             "--second-level names a level that is not finished",

@@ -13,6 +13,7 @@ from utils import levels
 from utils.estimate import describe
 from utils.params import Params
 from utils.params.load import build
+from utils.structured_levels import StructuredDriver
 from utils.system.console import Console
 from utils.system.distributed import World
 from utils.system.errors import UserError
@@ -54,7 +55,8 @@ def test_levels_steps_and_directory(tmp_path: Path) -> None:
 
 
 def test_data_that_is_not_there_leaves_steps_open(tmp_path: Path) -> None:
-    assert "unknown until the data set is in" in describe(config(tmp_path, data__name="imagenet"), World())
+    for keys in ({}, {"recipe__rescale__method": "sgd"}):
+        assert "unknown until the data set is in" in describe(config(tmp_path, data__name="imagenet", **keys), World())
 
 
 @pytest.mark.parametrize(
@@ -206,3 +208,50 @@ def test_a_plan_of_a_network_that_cannot_be_made_smaller_is_refused(tmp_path: Pa
 def test_single_weights_of_a_structured_plan_are_checked(tmp_path: Path, keys: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         describe(config(tmp_path, **STRUCTURED, structured__keep=[0.5], pruning__density=0.3, **keys), World())
+
+
+GATES = {"structured__criterion": "gates", "pruning__moment": "init", "structured__gate_epochs": 1}
+TURNS = {**GATES, "pruning__moment": "ticktock", "structured__tock_epochs": 2}
+LATE = {**EARLY, "structured__criterion": "l1"}
+SMOOTH = {"recipe__smoothing__schedule": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({**GATES, **SMOOTH, "recipe__smoothing__end": "61it"}, r"recipe\.smoothing\.end=61it: training has only 60"),
+        (
+            {**GATES, **SMOOTH, "recipe__smoothing__amount": 0.95, "recipe__smoothing__convention": "others"},
+            r"recipe\.smoothing\.amount=0\.95",
+        ),
+        ({**GATES, "schedule__warmup": "61it"}, r"schedule\.warmup=61it"),
+        ({**TURNS, "schedule__warmup": "41it"}, r"schedule\.warmup=41it is 41 steps but training has 40"),
+        ({**LATE, "early__latest": "61it"}, r"early\.latest=61it: training has only 60 steps"),
+    ],
+)
+def test_a_structured_plan_refuses_what_its_run_refuses(tmp_path: Path, keys: dict, message: str) -> None:
+    """Before the levels that train before the one that cannot."""
+    params = config(tmp_path, **STRUCTURED, structured__keep=[0.5], **keys)
+    for refuse in (
+        lambda: describe(params, World()),
+        lambda: StructuredDriver(params, World(), torch.device("cpu"), Console(False)),
+    ):
+        with pytest.raises(UserError, match=message):
+            refuse()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {**GATES, "schedule__warmup": "30it"},  # 20 steps of gates have no warmup
+        {**GATES, **SMOOTH, "recipe__smoothing__end": "30it"},
+        {**GATES, "structured__scratch": "b", "schedule__warmup": "50it", "levels__epochs": [1, 2]},
+        {**LATE, "early__latest": "50it", "levels__epochs": [3, 1]},
+    ],
+    ids=["gates", "smoothing", "stretched", "early"],
+)
+def test_a_structured_plan_allows_what_its_run_can_do(tmp_path: Path, keys: dict) -> None:
+    params = config(tmp_path, **STRUCTURED, structured__keep=[0.5], **keys)
+    assert "starts from" in describe(params, World())
+    StructuredDriver(params, World(), torch.device("cpu"), Console(False)).loaders.close()

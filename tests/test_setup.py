@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,9 @@ def test_what_cannot_be_mended_stops_with_one_line(tmp_path: Path, fact: str, wo
     (line,) = done.stderr.splitlines()
     assert words in line
     assert machine.calls() == []
+
+
+def test_no_build_of_ffcv_failed_here() -> None:
+    """All tests of its loader would be skipped."""
+    failed = Path(sys.prefix) / ".ffcv-failed"
+    assert not failed.exists(), f"FFCV could not be built; {sys.prefix}/setup.log says why"

@@ -14,7 +14,7 @@ from torch.nn import functional
 from tests.levels_cases import rows
 from tests.pruning.structured_cases import SHAPE, Small, batch, small
 from tests.test_structured_levels import run, structured
-from utils import files, models
+from utils import files, models, structured_stages
 from utils.models.widths import WidthFile
 from utils.params.plan import level_plan
 from utils.pruning.structured import Channels
@@ -69,6 +69,22 @@ def test_a_tick_leaves_convolutions_alone_and_a_tock_does_not(finished: RunDir) 
     assert not torch.equal(before["layer1.0.bn1.weight"], tick["layer1.0.bn1.weight"])  # its gates are folded in
     units = WidthFile.load(finished.level(2).widths).facts["channels"]["layer3.0.conv1"]
     assert not torch.equal(tock["layer3.0.bn1.weight"], tick["layer3.0.bn1.weight"][units])
+    assert not torch.equal(tock["fc.bias"], tick["fc.bias"])
+
+
+def test_a_tick_has_a_rate_of_its_own_and_no_decay_and_a_tock_has_its_penalty(tmp_path: Path) -> None:
+    """Of untrained weights, so that levels before the tick do not differ."""
+    keys = {**KEYS, "structured__keep": [0.5], "levels__epochs": [0, 2, 1, 0]}
+    one = run(structured(tmp_path / "one", 1, **keys, structured__tock_penalty=0.0))
+    other = {"optimizer__lr": 0.01, "optimizer__weight_decay": 0.3, "structured__tock_penalty": 0.0}
+    settings = [files.load_tensors(run(structured(tmp_path / "other", 1, **keys, **other)).level(1).gates)[0]]
+    settings.append(files.load_tensors(one.level(1).gates)[0])
+    assert files.digest(settings[0]) == files.digest(settings[1])
+    faster = run(structured(tmp_path / "faster", 1, **keys, structured__gate_lr=0.5))
+    assert files.digest(files.load_tensors(faster.level(1).gates)[0]) != files.digest(settings[1])
+    pulled = run(structured(tmp_path / "pulled", 1, **keys, structured__tock_penalty=0.1))
+    means = [float(rows(directory.level(2).epochs)[-1]["gates_mean"]) for directory in (one, pulled)]
+    assert means[1] < means[0] - 0.005
 
 
 def test_units_of_most_importance_stay(finished: RunDir) -> None:
@@ -152,6 +168,18 @@ def test_folded_gates_compute_the_same(training: bool) -> None:
         assert torch.allclose(model.train(training)(images), expected, atol=1e-10)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_run_is_refused_before_it_trains_where_gates_do_not_fold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: nn.Module, gated: Callable[[nn.Module], GatedModel], shape: tuple[int, ...]) -> None:
+        raise UserError(f"asked of {shape}")
+
+    monkeypatch.setattr(structured_stages, "check_foldable", refuse)
+    with pytest.raises(UserError, match=r"asked of \(3, 16, 16\)"):
+        run(structured(tmp_path, 1, **KEYS))
+    assert not list(tmp_path.iterdir())
 
 
 class NormWithActivation(nn.BatchNorm2d):

@@ -34,6 +34,7 @@ def describe(params: Params, world: World) -> str:
     local = params.model.pretrained if local_file(params.model.pretrained) else ""
     network = build_model(params, spec, local)
     if params.structured.budget is not None:
+        check_recipes(params, plan, network, Masks({}), spec, images)
         return _describe_structured(params, plan, network, spec.image_size, per_epoch)
     start = _check(params, plan, network)
     check_recipes(params, plan, network, start, spec, images)

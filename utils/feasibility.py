@@ -97,10 +97,13 @@ def check_recipes(
 
 def check_steps(params: Params, plan: list[Level], steps_per_epoch: int) -> None:
     """Raise UserError for a step that lies outside training, which only the number of steps per epoch shows."""
-    for level in plan:
+    scheduled = [level for level in plan if level.work not in ("gates", "tick")]  # gates learn at a constant rate
+    for level in scheduled:
+        stretched = params.structured.scratch == "b" and level.density < 1.0
+        epochs = params.training.epochs if stretched else level.epochs
         if level.epochs:
-            lr_at(0, params.schedule, params.optimizer.lr, level.epochs * steps_per_epoch, steps_per_epoch)
-    _check_ramps(params, plan, steps_per_epoch)
+            lr_at(0, params.schedule, params.optimizer.lr, epochs * steps_per_epoch, steps_per_epoch)
+    _check_ramps(params, scheduled, steps_per_epoch)
     check_rewind(params, plan, steps_per_epoch)
     _check_within(params, plan, steps_per_epoch)
     if params.levels.finetune_lr is None and not plan[0].epochs and any(p.rewind == "none" and p.epochs for p in plan):
@@ -124,7 +127,8 @@ def _check_ramps(params: Params, plan: list[Level], steps_per_epoch: int) -> Non
 
 def _check_within(params: Params, plan: list[Level], steps_per_epoch: int) -> None:
     """Pruning during training must have a step to happen at."""
-    total = min(level.epochs for level in plan) * steps_per_epoch
+    watched = plan[:1] if params.structured.budget is not None else plan
+    total = min(level.epochs for level in watched) * steps_per_epoch
     step = params.pruning.step
     if params.pruning.moment == "step" and step is not None and step.at(steps_per_epoch) >= total:
         raise UserError(f"pruning.step={step}: training has only {total} steps; choose an earlier step")

@@ -45,6 +45,11 @@ class Cut:
     chosen: Chosen | None = None
     masks: Masks | None = None
 
+    @property
+    def digest(self) -> str:
+        """Of the masks of single weights where there are any, else of the channels kept."""
+        return self.kept.digest if self.masks is None else self.masks.digest
+
 
 class LevelChannels:
     """Builds the network of every level. All ranks compute the same; rank 0 writes width files."""
@@ -95,7 +100,10 @@ class LevelChannels:
         return Cut(model, ChannelMask.dense(self.channels.groups))
 
     def of_level(self, level: int) -> Cut:
-        """The network level `level` trained, with the weights it ended with."""
+        """The network level `level` trained, with the weights it ended with.
+
+        Raises UserError where the mask these were trained in is missing, or another.
+        """
         place = self.run.level(level)
         cut = self.whole()
         if distributed.exists(place.widths):
@@ -104,6 +112,12 @@ class LevelChannels:
         files.put_weights(cut.model, files.load_weights(place.weights), str(place.weights))
         if distributed.exists(place.mask):
             cut = replace(cut, masks=Masks.load(place.mask, cut.model))
+        if files.load_metadata(place.weights).get("mask_digest", cut.digest) != cut.digest:
+            odd = "missing" if cut.masks is None else "another one"
+            raise UserError(
+                f"{place.mask}: {odd}; level {level} was trained in the mask its weights name: put it back, or remove "
+                f"{place.path.name} and run again"
+            )
         return cut
 
     def follow(self, cut: Cut) -> Channels:

@@ -14,7 +14,9 @@ import torch
 
 from utils import data, files, reporting
 from utils.data.order import Shard
+from utils.feasibility import check_recipes, check_steps
 from utils.level_channels import Cut, LevelChannels
+from utils.masks import Masks
 from utils.owned import own_level
 from utils.params import Params
 from utils.params.checks import check_ranks
@@ -65,7 +67,10 @@ class StructuredDriver:
         self.loaders = data.build(params, shard, device, training.channels_last, workers)
         try:
             task = ImageClassification(**task_options(params, self.loaders))  # type: ignore[arg-type]
+            check_steps(params, self.plan, len(self.loaders.train) // training.accumulation)
             self.channels = LevelChannels(params, self.loaders, task, run_dir(params), world, device)
+            spec, samples = self.loaders.spec, self.loaders.train.samples
+            check_recipes(params, self.plan, self.channels.searched, Masks({}), spec, samples)
             self.singles = SingleWeights(params, self.loaders, task, self.channels, world, device)
             self.stages = Stages(params, self.plan, self.loaders, self.channels, world, device, console, self.stopping)
             self.initial_digest = files.digest(self.channels.initial)
@@ -209,7 +214,7 @@ class StructuredDriver:
             "macs_dense": channels.macs_dense,
             **self.singles.costs(cut),
             "kept_share": None if cut.chosen is None else cut.chosen.reached / cut.chosen.reference,
-            "mask_digest": _digest(cut),
+            "mask_digest": cut.digest,
         }
         if cut.chosen is not None:
             row |= {"criterion": section.criterion, "allocation": section.scope, "pattern": "channels removed"}
@@ -233,7 +238,7 @@ class StructuredDriver:
         cut = trained.cut
         if cut.chosen is None:
             self.channels.note(level, place, cut)
-        digests = {"widths": cut.kept.digest, "mask_digest": _digest(cut)}
+        digests = {"widths": cut.kept.digest, "mask_digest": cut.digest}
         files.save_weights(place.weights, cut.model, **digests)
         if cut.masks is not None:
             cut.masks.save(place.mask)
@@ -257,8 +262,3 @@ def described(groups: Sequence[ChannelGroup]) -> str:
     text = f"channels: {len(groups) - len(whole)} groups may be pruned, {len(whole)} stay whole"
     why = "; ".join(f"{group.name}: {group.protected}" for group in whole[:MOST_TOLD])
     return f"{text} ({why}{'; ...' if len(whole) > MOST_TOLD else ''})" if whole else text
-
-
-def _digest(cut: Cut) -> str:
-    """Of the masks of single weights where there are any, else of the channels kept."""
-    return cut.kept.digest if cut.masks is None else cut.masks.digest

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -19,9 +21,6 @@ from utils.reporting.__main__ import main
 from utils.system.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
-onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
 
 
 def harness(root: Path, *words: str) -> subprocess.CompletedProcess[str]:

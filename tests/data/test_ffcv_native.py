@@ -16,6 +16,7 @@ pytest.importorskip("ffcv", reason="FFCV is not installed")
 
 from tests.data import ffcv_cases  # noqa: E402
 from tests.data.ffcv_cases import Pictures, load, read, run, same, spec_of  # noqa: E402
+from tests.native_library import need_decoder  # noqa: E402
 from utils import data, native, params  # noqa: E402
 from utils.data import augment, beton, ffcv_loader, ffcv_native, stateless  # noqa: E402
 from utils.data.ffcv_import import ctypes_imdecode, ctypes_resize  # noqa: E402
@@ -42,10 +43,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def _native():
-    try:
-        native.load()
-    except native.Missing as missing:
-        pytest.skip(f"the native library: {missing}")
+    need_decoder()
 
 
 def missing():

@@ -77,9 +77,21 @@ STEPS: list[tuple[str, torch.dtype, int, float | None, bool]] = [
 """Name, precision, micro-batches, density of new masks, whether gradients are left dense."""
 
 
+def unlike(world: distributed.World) -> str:
+    """What is said where each rank is told another way to reduce."""
+    wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    section = params.Distributed(reduction="packed" if world.rank else "dense")
+    try:
+        reduction.install(wrapped, section, world, CPU)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     world = distributed.world()
     distributed.start(world, CPU)
+    refused = unlike(world)
     layouts: list[list[int]] = []
     plain_reduce = reduction.PackedReduction.reduce
 
@@ -132,7 +144,8 @@ def main() -> None:
             arm.optimizer.step()
     weights = torch.cat([p.detach().flatten() for p in packed.model.parameters()])
     same = distributed.gather(weights.numpy().tobytes())
-    Path(sys.argv[1], f"rank{world.rank}.json").write_text(json.dumps({"steps": report, "same": len(set(same))}))
+    found = {"steps": report, "same": len(set(same)), "unlike": refused}
+    Path(sys.argv[1], f"rank{world.rank}.json").write_text(json.dumps(found))
     del plain, packed, arm
     distributed.stop()
 

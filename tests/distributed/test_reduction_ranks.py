@@ -19,6 +19,7 @@ def test_packed_gradients_are_those_of_ddp(tmp_path: Path, ranks: int) -> None:
     reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(ranks)]
     for report in reports:
         assert report["same"] == 1, "weights differ between ranks"
+        assert report["unlike"].startswith("distributed.reduction differ between ranks (rank 0: dense")
         layouts = [step["buckets"] for step in report["steps"]]
         assert layouts[0] != layouts[1], "DDP made no new buckets: the test shows less than it should"
         assert len(layouts[1]) >= 3

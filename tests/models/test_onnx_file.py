@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -17,10 +19,6 @@ from utils.pruning.structured import Channels, shrink
 from utils.system import optional
 from utils.system.errors import UserError
 from utils.system.optional import require
-
-onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
 
 
 def scores(path: Path, images: torch.Tensor) -> np.ndarray:
@@ -80,6 +78,15 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     monkeypatch.setattr(onnx_file, "_program", wrong)
     with pytest.raises(UserError, match=r"--export onnx: scores of net by onnxruntime differ by .* from torch's"):
         write_onnx(trained(), path, SHAPE[1], {}, "net")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = trained()
+    with torch.no_grad():
+        model.fc1.bias[0] = float("nan")
+    with pytest.raises(UserError, match="differ by nan from torch's"):
+        write_onnx(model, tmp_path / "m.onnx", SHAPE[1], {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.native_library import need_decoder
 from utils import native
 
 
 @pytest.fixture(autouse=True)
 def _library() -> None:
-    try:
-        native.load()
-    except native.Missing as missing:
-        pytest.skip(f"the native library: {missing}")
+    need_decoder()
 
 
 def photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

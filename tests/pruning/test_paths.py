@@ -140,15 +140,16 @@ def test_linear_layers_against_reachability(depth: int) -> None:
     names = list(Masks.dense(model))
     nodes = ["in", *(f"h{i}" for i in range(depth - 1)), "out"]
     edges = [e for i, name in enumerate(names) for e in linear(nodes[i], nodes[i + 1], name, 4, 4)]
-    outcomes = set()
+    outcomes = []
     for seed in range(40):
         masks = random_masks(model, 0.3, seed)
         found = effective(model, masks, (1, 2, 2))
         expected, reaches = by_graph(edges, masks)
         assert found.masks == Masks(expected)
         assert found.connected == reaches
-        outcomes.add(reaches)
-    assert True in outcomes
+        outcomes.append(reaches)
+    assert any(outcomes)
+    assert depth < 6 or not all(outcomes)
 
 
 def test_two_hundred_layers_neither_overflow_nor_underflow() -> None:

@@ -1,23 +1,19 @@
-"""The step with masks in one pass: torch's own bits, nothing left at pruned places, and when the trainer takes it."""
+"""The step with masks in one pass: torch's own bits, nothing left at pruned places."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.training.test_trainer import attached, half, network, plain_loop, rate, trainer
-from utils import native, sparsity
+from tests.native_library import need_update
+from utils import sparsity
 from utils.masks import Masks, prunable_parameters
-from utils.training.extension import Extension
-from utils.training.gradient_norms import GradientNorms
 from utils.training.masked_update import MaskedUpdate, Unfit
-from utils.training.trainer import Stage
 
 SIZES = (1, 7, 8, 15, 16, 33, 250, 1003, 4099)
 """Around the widths of vector registers, and far from multiples of them."""
@@ -57,12 +53,9 @@ def masks_of(model: nn.Module, seed: int = 1) -> Masks:
 
 
 def updated(optimizer: torch.optim.Optimizer, held: sparsity.Sparsity) -> MaskedUpdate:
-    try:
-        return MaskedUpdate(optimizer, held)
-    except Unfit as unfit:
-        if unfit.told:
-            pytest.skip(str(unfit))
-        raise
+    """Where the step can be had at all it has torch's bits: that it is refused for its bits fails the test."""
+    need_update()
+    return MaskedUpdate(optimizer, held)
 
 
 class Twins:
@@ -209,11 +202,27 @@ def test_weights_and_gradients_in_other_orders(name: str) -> None:
             grad = torch.randn(p.shape)
             p.grad = grad if step % 2 else grad.to(memory_format=torch.channels_last) if grad.dim() == 4 else grad
             q.grad = torch.empty_like(q).copy_(grad.masked_fill(~masks[key], 0) if key in masks else grad)
+        if step == 2:  # as a state_dict of another memory format leaves it
+            state = optimizer.state[model.weight]
+            for key, value in state.items():
+                if value.dim() == 4:
+                    state[key] = value.contiguous()
         update.step()
         theirs.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["plain", "adamw"])
+def test_autograd_sees_that_weights_changed(name: str) -> None:
+    twins = Twins(name)
+    weight = twins.model.layers[3].weight
+    twins.gradients()
+    squared = weight.square().sum()
+    twins.update.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.backward()
 
 
 def with_hook(model: nn.Module) -> torch.optim.Optimizer:
@@ -226,6 +235,11 @@ class Own(torch.optim.SGD):
     pass
 
 
+def with_gaps(model: nn.Module) -> torch.optim.Optimizer:
+    model.weight = nn.Parameter(torch.zeros(2, 8)[:, ::2])
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -235,6 +249,7 @@ class Own(torch.optim.SGD):
         (lambda m: torch.optim.RMSprop(m.parameters()), "RMSprop"),
         (lambda m: Own(m.parameters(), lr=0.1), "Own"),
         (lambda m: torch.optim.SGD(m.to(torch.bfloat16).parameters(), lr=0.1), "float32"),
+        (with_gaps, "float32"),
         (with_hook, "hooks"),
     ],
 )
@@ -254,128 +269,3 @@ def test_another_machines_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(Unfit, match="bits") as raised:
         MaskedUpdate(twins.optimizer, twins.held)
     assert raised.value.told
-
-
-# Within the trainer ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for every step taken in one pass."""
-    taken: list[int] = []
-    step = MaskedUpdate.step
-
-    def counted(update: MaskedUpdate) -> None:
-        taken.append(1)
-        step(update)
-
-    monkeypatch.setattr(MaskedUpdate, "step", counted)
-    return taken
-
-
-def fitted(extensions: Callable[[nn.Module], list[Extension]] = lambda model: [], **keys: object) -> nn.Module:
-    model = network()
-    optimizer, held = attached(model)
-    updated(optimizer, held)  # or skip
-    trainer(model, **keys).fit(Stage(0, 2, rate), optimizer, held, extensions(model))
-    assert held.violations() == []
-    model[4](torch.ones(1, 96)).sum().backward()
-    assert not model[4].weight.grad[~half(model)["4.weight"]].any(), "gradients are masked again after the last step"
-    return model
-
-
-def same(model: nn.Module, expected: nn.Module) -> None:
-    for (name, mine), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
-        assert torch.equal(mine, theirs), name
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_trainer_steps_in_one_pass_where_nothing_reads_gradients(steps: list[int], accumulation: int) -> None:
-    model = fitted(accumulation=accumulation)
-    assert len(steps) == 12 // accumulation
-    same(model, plain_loop(2, accumulation)[0])
-
-
-class Reading(Extension):
-    """Looks at gradients at step 3 alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.seen: dict[int, bool] = {}
-
-    def reads_gradients(self, step: int) -> bool:
-        return step == 3
-
-    def after_backward(self, step: int) -> None:
-        pruned = ~half(self.model)["4.weight"]
-        self.seen[step] = bool(self.model[4].weight.grad[pruned].any())
-
-
-def test_gradients_are_masked_at_the_steps_that_read_them(steps: list[int]) -> None:
-    reading: list[Reading] = []
-    model = fitted(lambda m: [reading.append(Reading(m)) or reading[0]])  # type: ignore[func-returns-value,list-item]
-    assert len(steps) == 11
-    assert [step for step, dense in reading[0].seen.items() if not dense] == [3]
-    same(model, plain_loop(2)[0])
-
-
-class Asking(Extension):
-    """Reads gradients without a word on when."""
-
-    def after_backward(self, step: int) -> None:
-        pass
-
-
-class Dense(Extension):
-    def needs_dense_grad(self, step: int) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("kind", [Asking, Dense])
-def test_gradients_somebody_reads_are_left_to_hooks(steps: list[int], kind: type[Extension]) -> None:
-    same(fitted(lambda model: [kind()]), plain_loop(2)[0])
-    assert steps == []
-
-
-def test_clipping_reads_gradients(steps: list[int]) -> None:
-    same(fitted(clip=0.5), plain_loop(2, clip=0.5)[0])
-    assert steps == []
-
-
-def test_gradient_norms_are_those_of_masked_gradients(steps: list[int]) -> None:
-    found: list[GradientNorms] = []
-
-    def norms(model: nn.Module) -> list[Extension]:
-        found.append(GradientNorms(model, 2, 0, lambda: 1.0, None))
-        return [found[0]]
-
-    fitted(norms)
-    assert len(steps) == 10
-    stepped, _ = plain_loop(0)
-    images, labels = trainer(stepped).loaders.train.batches[0]
-    half(stepped).apply_(stepped)
-    nn.functional.cross_entropy(stepped(images), labels).backward()
-    grad = stepped[4].weight.grad.masked_fill(~half(stepped)["4.weight"], 0.0)
-    first = found[0].text().splitlines()
-    column = first[0].split(",").index("4.weight")
-    assert float(first[1].split(",")[column]) == pytest.approx(float(grad.norm()), rel=1e-5)
-
-
-def test_without_the_library_one_line_tells_and_the_bits_are_the_same(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(native, "UPDATE", tmp_path / "none.so")
-    native.load_update.cache_clear()
-    try:
-        model = network()
-        optimizer, held = attached(model)
-        here = trainer(model)
-        here.console.main = True
-        here.fit(Stage(0, 2, rate), optimizer, held)
-    finally:
-        native.load_update.cache_clear()
-    lines = [line for line in capsys.readouterr().out.splitlines() if "masks" in line]
-    assert len(lines) == 1
-    assert "not built" in lines[0]
-    assert "make setup" in lines[0]
-    same(model, plain_loop(2)[0])

@@ -130,6 +130,20 @@ def test_masks_are_followed_and_dense_gradients_go_whole() -> None:
     assert indices(packing, bucket) is None
 
 
+def test_other_masks_of_the_same_number_are_followed() -> None:
+    """Of two Sparsity objects each counts its own changes."""
+    kept = torch.zeros(3, 2, 2, 2, dtype=torch.bool)
+    model, held = held_network(kept)
+    packing, bucket = PackedReduction(2, packed_below=1.0), Bucket([model.weight])
+    packing.follow(held)
+    assert indices(packing, bucket) == []
+    kept[0, 0, 0, 0] = True
+    other = sparsity.attach(model, None, Masks({"weight": kept}))
+    assert other.version == held.version
+    packing.follow(other)
+    assert indices(packing, bucket) == [0]
+
+
 @pytest.mark.parametrize(("below", "packed"), [(0.4, False), (0.5, True), (0.6, True)])
 def test_buckets_above_the_density_go_whole(below: float, packed: bool) -> None:
     kept = torch.arange(24).reshape(3, 2, 2, 2) % 2 == 0

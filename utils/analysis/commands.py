@@ -55,9 +55,10 @@ def _masks(args: argparse.Namespace) -> str:
 
 def _connectivity(args: argparse.Namespace) -> str:
     second = args.level if args.second_level is None else args.second_level
+    other = params_of(args.runs[1])
     weights = finished_weights(args.runs[1], second, "--second-level" if args.second_level is not None else "--level")
     with open_level(args.runs[0], args.level) as level:
-        _check_alike(level.params, params_of(args.runs[1]), args.runs)
+        _check_alike(level.params, other, args.runs)
         task = ImageClassification(level.loaders.spec.classes)
         a = {name: value.clone() for name, value in files.state_of(level.model).items()}
         b = {name: value.to(level.device) for name, value in files.load_weights(weights).items()}
@@ -80,7 +81,10 @@ def _connectivity(args: argparse.Namespace) -> str:
 
 def _check_alike(one: Params, other: Params, runs: Sequence[str]) -> None:
     """Raise UserError where the two networks do not compute the same function of their weights, or see other images."""
-    for name in ("model.name", "data.name", "data.image_size", "recipe.soft.keep"):
+    names = ["model.name", "data.name", "data.image_size", "recipe.soft.keep"]
+    if one.recipe.soft.keep:
+        names += ["recipe.soft.kind", "recipe.soft.beta"]
+    for name in names:
         values = [keys()[name].of(params) for params in (one, other)]
         if values[0] != values[1]:
             raise UserError(

@@ -163,6 +163,15 @@ class LevelChecks:
                     self._differs(
                         self.place.row, "weights_digest (weights.safetensors)", row["weights_digest"], weights.digest
                     )
+        self._average(mask, digest, row)
+        # A rewind point taken while masks changed obeys a mask that no file holds.
+        rewind = self.place.rewind
+        if rewind.exists() and not self.place.start_mask.exists():
+            state = self._tensors(rewind)
+            if state is not None:
+                self._pruned(rewind, state, mask, "model.")
+
+    def _average(self, mask: Tensors | None, digest: str, row: Row | None) -> None:
         if self.place.average.exists() and (average := self._tensors(self.place.average)) is not None:
             self._pruned(self.place.average, average, mask, "")
             self._differs(
@@ -171,12 +180,6 @@ class LevelChecks:
         ema = self.params is not None and self.params.training.ema is not None
         if ema and row is not None and not self.place.average.exists():
             self.found.append(f"{self.place.average}: missing, training.ema is set")
-        # A rewind point taken while masks changed obeys a mask that no file holds.
-        rewind = self.place.rewind
-        if rewind.exists() and not self.place.start_mask.exists():
-            state = self._tensors(rewind)
-            if state is not None:
-                self._pruned(rewind, state, mask, "model.")
 
     def _pruned(self, path: Path, weights: Tensors, mask: Tensors | None, prefix: str) -> None:
         for name in weights.entries:
@@ -231,6 +234,13 @@ class LevelChecks:
         elif (weights := self._tensors(path)) is not None:
             self._pruned(path, weights, None, "")
             self._differs(self.place.row, "weights_digest (weights.safetensors)", row["weights_digest"], weights.digest)
+            widths = weights.metadata.get("widths")
+            if weights.metadata.get("mask_digest", widths) != widths:
+                self.found.append(f"{self.place.mask}: missing, level {self.number} pruned single weights")
+            else:
+                self._differs(self.place.row, "mask_digest (weights.safetensors)", row["mask_digest"], widths)
+            if self.level is None or self.level.work != "gates":  # gates alone have no average
+                self._average(None, row["mask_digest"], row)
         share = row["kept_weights"] / row["prunable_weights"] if row["prunable_weights"] else 1.0
         self._differs(self.place.row, "density (kept_weights / prunable_weights)", row["density"], share)
         if row["kept_share"] is not None and not self.place.widths.exists():

@@ -13,7 +13,7 @@ from utils import sparsity
 from utils.masks import Masks
 from utils.pruning.structured import Channels, shrink, shrink_masks, shrink_optimizer
 from utils.pruning.structured.mask import ChannelMask
-from utils.pruning.structured.shrink import selected
+from utils.pruning.structured.shrink import enlarge_masks, selected
 
 
 def held(model: nn.Module, found: Channels, mask: ChannelMask) -> nn.Module:
@@ -151,6 +151,7 @@ def test_unstructured_masks_carry_over() -> None:
     smaller = shrink(model, found.groups, mask)
     carried = shrink_masks(weights, mask.keep(found.groups)).check(smaller)
     assert carried.kept == both.kept < min(weights.kept, mask.masks(model, found.groups).kept)
+    assert enlarge_masks(carried, mask.keep(found.groups), Masks.dense(model)) == both
     sparsity.attach(smaller, None, carried)
     both.apply_(model)
     mask.apply_(model, found.groups)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from tests.training.recipe.recipe_cases import batches, network, plain_loss, random_masks
+from tests.training.recipe.recipe_cases import batches, network, plain_loss, random_masks, recipe
 from utils.masks import Masks
 from utils.system.errors import UserError
-from utils.training.recipe.rescale import LAST, LookAhead, batch_statistics, rescale
+from utils.training.recipe import rescale as rescale_module
+from utils.training.recipe.rescale import LAST, LookAhead, Rescaled, batch_statistics, rescale, rescale_initial
 
 RECIPE = {"method": "sgd", "eta": 0.1, "gamma": 1.0, "normalize_grad": True, "lr": 1e-2, "clip": 1.0}
 
@@ -156,6 +158,7 @@ def test_scales_are_all_it_changes() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     report = rescale(model, masks, batches(3), plain_loss, iterations=4, lr=0.05)
+    assert list(model.state_dict()) == list(before)  # running statistics are there again
     for name, value in model.state_dict().items():
         expected = before[name] * report.scales.get(name, 1.0)
         torch.testing.assert_close(value, expected.to(value.dtype), rtol=1e-6, atol=0)
@@ -165,6 +168,27 @@ def test_scales_are_all_it_changes() -> None:
     assert max(abs(scale - 1.0) for scale in report.scales.values()) > 0.01
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_weights_outside_the_masks_count_as_zeros_and_end_as_zeros() -> None:
+    (masked, masks), unmasked = small(), Small().double()
+    assert bool((unmasked.conv.weight[~masks["conv.weight"]] != 0).any())
+    reports = [rescale(one, masks, double(3), plain_loss, iterations=3, lr=0.05) for one in (masked, unmasked)]
+    assert reports[0] == reports[1]
+    for name, value in unmasked.state_dict().items():
+        assert torch.equal(value, masked.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("norm", "over"), [(2.19, ""), (2.21, ", above gamma 2")])
+def test_a_bound_that_was_not_met_is_told(norm: float, over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a tenth at most, as published."""
+    monkeypatch.setattr(rescale_module, "rescale", lambda *_, **__: Rescaled({}, [9.0, *[norm] * LAST], []))
+    scoring = SimpleNamespace(close=lambda: None)
+    loaders = SimpleNamespace(train=SimpleNamespace(samples=512), scoring=lambda **_: scoring)
+    told: list[str] = []
+    section = recipe(rescale__method="sgd", rescale__gamma=2.0)
+    rescale_initial(network(), section, Masks({}), loaders, plain_loss, told.append)  # type: ignore[arg-type]
+    assert told == [f"rescaled initial weights: gradient norm 9 to {norm:.3g}{over}"]
 
 
 def test_steps_on_the_scales_by_hand() -> None:
@@ -178,7 +202,7 @@ def test_steps_on_the_scales_by_hand() -> None:
         return torch.cat([shown[i][0] for i in numbers]), torch.cat([shown[i][1] for i in numbers])
 
     with batch_statistics(model):
-        start = float(ahead.first(ahead.ones(), joined(0, 1)).norm)
+        start = ahead.first(ahead.ones(), joined(0, 1)).norm.item()
     # The first iteration is above the bound, what follows is below it or not as the scales have it.
     report = rescale(copy.deepcopy(model), masks, shown, plain_loss, iterations=3, gamma=start * 0.999, **settings)
     scales = torch.ones(len(ahead.names), dtype=torch.float64)
@@ -187,12 +211,12 @@ def test_steps_on_the_scales_by_hand() -> None:
     for number in range(3):
         with batch_statistics(model):
             now = ahead.first(scales, joined(place % 6, (place + 1) % 6))
-            if float(now.norm) > start * 0.999:
+            if now.norm.item() > start * 0.999:
                 aim, grad, used = "up", ahead.constraint(now), 2
             else:
                 later = joined(place % 6, (place + 2) % 6)
                 aim, grad, used = "down", ahead.objective(now, later)[1], 3
-        assert float(now.norm) == pytest.approx(report.norms[number], rel=1e-4)
+        assert now.norm.item() == pytest.approx(report.norms[number], rel=1e-4)
         place, counts[aim] = place + used, counts[aim] + 1
         aims.append(aim)
         grad = grad.double().clamp(-0.02, 0.02)

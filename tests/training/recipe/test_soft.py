@@ -132,6 +132,9 @@ def test_the_stock_network_for_a_while() -> None:
         assert torch.equal(model(images), plain)
     assert torch.equal(model(images), gentle)
     assert not torch.equal(gentle, plain)
+    model.train()
+    soft.close()
+    assert all(module.training for module in model.modules())
 
 
 def test_kept_for_good_as_released() -> None:

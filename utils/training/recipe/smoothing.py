@@ -17,12 +17,12 @@ from utils.training.recipe import at_step, step_of
 from utils.training.recipe.ramp import Ramp, span
 
 
-def as_torch(amount: float, convention: str, classes: int) -> float:
-    """The share in torch's convention. Raises UserError for more than it has."""
+def as_torch(amount: float, convention: str, classes: int, key: str = "amount") -> float:
+    """The share in torch's convention. Raises UserError naming `recipe.smoothing.<key>` for more than it has."""
     share = amount if convention == "torch" else amount * classes / max(classes - 1, 1)
     if share > 1.0:
         raise UserError(
-            f"recipe.smoothing.amount={amount:g}: leaves the label's class less than the others have of {classes} "
+            f"recipe.smoothing.{key}={amount:g}: leaves the label's class less than the others have of {classes} "
             "classes; lower it"
         )
     return share
@@ -33,7 +33,7 @@ def check_smoothing(section: params.Recipe, classes: int) -> None:
     smoothing = section.smoothing
     as_torch(smoothing.amount, smoothing.convention, classes)
     if smoothing.schedule != "constant":
-        as_torch(smoothing.final, smoothing.convention, classes)
+        as_torch(smoothing.final, smoothing.convention, classes, "final")
 
 
 class LabelSmoothing(Extension):
@@ -49,7 +49,7 @@ class LabelSmoothing(Extension):
         if smoothing.schedule == "constant":
             self.ramp = Ramp(first, first, 0, 1)
         else:
-            last = as_torch(smoothing.final, smoothing.convention, task.classes)
+            last = as_torch(smoothing.final, smoothing.convention, task.classes, "final")
             hold, end = span("recipe.smoothing", smoothing.hold, smoothing.end, total, steps_per_epoch)
             self.ramp = Ramp(first, last, hold if smoothing.schedule == "linear" else end, end)
         self.before_step(start)
