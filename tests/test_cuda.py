@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from utils import models
 from utils.files import load_weights
 from utils.masks import Masks, prunable_parameters
+from utils.params.pruning import Pruning
 from utils.pruning import prune
+from utils.pruning.choose import choose
 from utils.sparsity import attach
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,9 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-1, fused=True),
     "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-1, foreach=True),
 }
+
+SHAPES = {"stem": (64, 3, 3, 3), "conv": (256, 256, 3, 3), "fc": (1000, 512)}
+CHOICES = [Pruning(), Pruning(allocation="erk"), Pruning(min_kept=5), Pruning(pattern="channel")]
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +130,18 @@ def test_scoring_agrees_with_the_cpu_and_leaves_the_model_alone(criterion: str) 
     assert (masks & on_cpu).kept >= 0.98 * masks.kept
     if criterion in ("magnitude", "random"):
         assert masks.digest == on_cpu.digest
+
+
+@pytest.mark.parametrize("section", CHOICES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_chooses_on_the_gpu_what_the_cpu_does(section: Pruning, dtype: torch.dtype, steps: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    masks = Masks({name: torch.rand(shape, generator=generator) < 0.7 for name, shape in SHAPES.items()})
+    scores = {name: torch.rand(mask.shape, generator=generator, dtype=dtype) for name, mask in masks.items()}
+    scores = {name: (score * steps).floor() if steps else score for name, score in scores.items()}
+    there = choose({name: score.cuda() for name, score in scores.items()}, masks, 0.2, section, seed=0)
+    assert there == choose(scores, masks, 0.2, section, seed=0)
 
 
 def digits(tmp_path: Path, *more: str, config: str = "configs/quickstart.yaml") -> list[str]:

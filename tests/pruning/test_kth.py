@@ -19,7 +19,7 @@ FINE = st.floats(allow_nan=False, width=32)
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Samples and pieces so small that a hundred scores take the way of millions."""
-    monkeypatch.setattr(module, "_SAMPLE", 8)
+    monkeypatch.setattr(module, "SAMPLE", 8)
     monkeypatch.setattr(module, "_PIECE", 7)
     return monkeypatch
 

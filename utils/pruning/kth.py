@@ -19,7 +19,7 @@ Part = tuple[np.ndarray, np.ndarray | None]
 """Scores [n] of a layer, all parts in one dtype, and which of them count, bool [n]; None for all."""
 
 _PIECE = 1 << 15
-_SAMPLE = 1 << 16
+SAMPLE = 1 << 16
 _DEVIATIONS = 6.0
 """Half the width of the bracket, in standard deviations of a sample's rank."""
 
@@ -31,7 +31,7 @@ def kth(parts: Sequence[Part], count: int, rank: int) -> np.floating:
     """
     if not 0 <= rank < count:
         raise ValueError(f"no rank {rank} among {count} scores")
-    if count > 2 * _SAMPLE and (bracket := _bracket(parts, count, rank)) is not None:
+    if count > 2 * SAMPLE and (bracket := _bracket(parts, count, rank)) is not None:
         low, high = bracket
         if low == high:  # a score that many share: to count is enough
             below, upto = _counts(parts, count, low)
@@ -48,7 +48,7 @@ def _partitioned(scores: np.ndarray, rank: int) -> np.floating:
     """The score of `rank`; reorders `scores`. NaN are last in numpy's order, so the highest tells of them."""
     scores.partition(rank)
     if np.isnan(scores[rank:].max()):
-        raise _nan()
+        raise nan_error()
     value: np.floating = scores[rank]
     return value
 
@@ -58,30 +58,40 @@ def _bracket(parts: Sequence[Part], count: int, rank: int) -> tuple[np.floating,
     sample = _sample(parts)
     if len(sample) < 2 or np.isnan(sample[-1]):
         return None
-    share = rank / count
-    middle = share * len(sample)
-    half = _DEVIATIONS * math.sqrt(len(sample) * share * (1 - share)) + _DEVIATIONS
-    low, high = math.floor(middle - half), math.ceil(middle + half)
+    low, high = bracket_ranks(len(sample), rank / count)
     infinity = sample.dtype.type(np.inf)
     return sample[low] if low >= 0 else -infinity, sample[high] if high < len(sample) else infinity
 
 
-def _sample(parts: Sequence[Part]) -> np.ndarray:
-    """About `_SAMPLE` of the scores, sorted: one from each of as many equal stretches, at a place drawn at random.
+def bracket_ranks(size: int, share: float) -> tuple[int, int]:
+    """Ranks in a sorted sample of `size` between which almost surely lies what has `share` of all scores below it.
 
-    Not every n-th: weights repeat with the size of their kernels.
+    They may lie outside the sample: nothing bounds the score there.
     """
-    size = sum(len(scores) for scores, _ in parts)
-    stretch = max(1, size // _SAMPLE)
-    rng = np.random.default_rng(0)
-    found = []
-    for scores, live in parts:
-        start = np.arange(0, len(scores) - stretch + 1, stretch)
-        place = start + rng.integers(stretch, size=len(start))
-        found.append(scores[place] if live is None else scores[place[live[place]]])
-    sample = np.concatenate(found)
+    middle = share * size
+    half = _DEVIATIONS * math.sqrt(size * share * (1 - share)) + _DEVIATIONS
+    return math.floor(middle - half), math.ceil(middle + half)
+
+
+def _sample(parts: Sequence[Part]) -> np.ndarray:
+    """About `SAMPLE` of the scores, sorted."""
+    places = sample_places([len(scores) for scores, _ in parts], [live for _, live in parts])
+    sample = np.concatenate([scores[place] for (scores, _), place in zip(parts, places, strict=True)])
     sample.sort()
     return sample
+
+
+def sample_places(sizes: Sequence[int], lives: Sequence[np.ndarray | None]) -> Iterator[np.ndarray]:
+    """Per layer, indices of scores that count, about `SAMPLE` in all: one from each of as many equal stretches.
+
+    Drawn at random from its stretch, not every n-th: weights repeat with the size of their kernels.
+    """
+    stretch = max(1, sum(sizes) // SAMPLE)
+    rng = np.random.default_rng(0)
+    for size, live in zip(sizes, lives, strict=True):
+        start = np.arange(0, size - stretch + 1, stretch)
+        place = start + rng.integers(stretch, size=len(start))
+        yield place if live is None else place[live[place]]
 
 
 def _within(parts: Sequence[Part], low: np.floating, high: np.floating) -> tuple[int, np.ndarray]:
@@ -115,7 +125,7 @@ def _counts(parts: Sequence[Part], count: int, value: np.floating) -> tuple[int,
             found[place] += int(np.count_nonzero(holds))
     below, equal, above = found
     if below + equal + above != count:
-        raise _nan()
+        raise nan_error()
     return below, below + equal
 
 
@@ -126,5 +136,6 @@ def _pieces(parts: Sequence[Part]) -> Iterator[Part]:
             yield scores[piece], None if live is None else live[piece]
 
 
-def _nan() -> ValueError:
+def nan_error() -> ValueError:
+    """What tells that there is no k-th score."""
     return ValueError("NaN among the scores: they have no order")

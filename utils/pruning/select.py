@@ -9,15 +9,15 @@ A layer with a floor first keeps that many of its own best; the rest of the pool
 The scores kept then add up to the most that the floors allow: whatever meets them can be turned into this choice by
 exchanging a weight for one that scores no less.
 
-The threshold comes from `utils.pruning.kth`; it is a value of the scores themselves, so the result does not depend on
-the algorithm that found it.
+The threshold comes from `utils.pruning.kth`, or for scores on a GPU from `utils.pruning.select_on_device`; it is a
+value of the scores themselves, so the result does not depend on the algorithm that found it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +25,10 @@ import torch
 
 from utils.data.stateless import derive, uniform
 from utils.pruning.kth import kth
+from utils.pruning.select_on_device import best
 
+Tied = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""A layer's mask, flat indices of weights that tie with the threshold, their priorities."""
 _CHUNK = 1 << 18
 _BINS = 1 << 12
 
@@ -34,13 +37,14 @@ _BINS = 1 << 12
 class Layer:
     """One prunable parameter in flat C order: what an allocation and the selection see of it.
 
-    scores: float32 or float64 [size]; live: bool [size], the weights that may be kept; key: starts the tie order;
-    floor: weights that must be kept, at most as many as live; ratio: kept weights in the file of `pruning.from_mask`.
+    values: scores, float32 or float64 [size]; a tensor is selected from on its device; live: bool [size], the weights
+    that may be kept; key: starts the tie order; floor: weights that must be kept, at most as many as live; ratio: kept
+    weights in the file of `pruning.from_mask`.
     """
 
     name: str
     shape: tuple[int, ...]
-    scores: np.ndarray
+    values: np.ndarray | torch.Tensor
     live: np.ndarray
     key: int = 0
     floor: int = 0
@@ -50,6 +54,11 @@ class Layer:
     def size(self) -> int:
         """All weights of the parameter, live or not."""
         return len(self.live)
+
+    @functools.cached_property
+    def scores(self) -> np.ndarray:
+        """The scores on the CPU."""
+        return self.values if isinstance(self.values, np.ndarray) else self.values.cpu().numpy()
 
     @functools.cached_property
     def alive(self) -> int:
@@ -71,7 +80,7 @@ def kept_count(density: float, weights: int) -> int:
 
 
 def layers_of(scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor], seed: int) -> list[Layer]:
-    """Layers in the order of `masks`, on the CPU, in one dtype (float64 as soon as one score tensor is).
+    """Layers in the order of `masks`, in one dtype (float64 as soon as one score tensor is); scores stay on a GPU.
 
     Scores of other dtypes than float32 and float64 become float32.
     """
@@ -81,12 +90,16 @@ def layers_of(scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tens
         Layer(
             name,
             tuple(mask.shape),
-            scores[name].detach().to("cpu", dtype).reshape(-1).numpy(),
+            _flat(scores[name].detach().to(dtype).reshape(-1)),
             mask.reshape(-1).numpy(),
             derive("ties", seed, name),
         )
         for name, mask in masks.items()
     ]
+
+
+def _flat(scores: torch.Tensor) -> np.ndarray | torch.Tensor:
+    return scores if scores.device.type == "cuda" else scores.cpu().numpy()
 
 
 def top(pool: Pool) -> dict[str, torch.Tensor]:
@@ -104,9 +117,7 @@ def top(pool: Pool) -> dict[str, torch.Tensor]:
     elif pool.keep == 0:
         chosen = [np.zeros(layer.size, dtype=bool) for layer in pool.layers]
     else:
-        threshold = _threshold(pool, alive)
-        chosen = [_at_least(layer, threshold) for layer in pool.layers]
-        _drop_ties(pool, chosen, threshold)
+        chosen = _best(pool, alive)
     masks = zip(pool.layers, chosen, strict=True)
     return {layer.name: torch.from_numpy(mask.reshape(layer.shape)) for layer, mask in masks}
 
@@ -120,10 +131,19 @@ def _top_above_floors(pool: Pool, left: int) -> dict[str, torch.Tensor]:
     return {name: mask | first[name] for name, mask in top(Pool(others, left)).items()}
 
 
-def _threshold(pool: Pool, alive: int) -> np.floating:
-    """The score of rank `pool.keep` (1 is the highest) among the live weights."""
-    parts = [(layer.scores, None if layer.alive == layer.size else layer.live) for layer in pool.layers if layer.alive]
-    return kth(parts, alive, alive - pool.keep)
+def _best(pool: Pool, alive: int) -> list[np.ndarray]:
+    """Masks of the `pool.keep` best of the `alive` live weights; some stay and some go."""
+    lives = [None if layer.alive == layer.size else layer.live for layer in pool.layers]
+    values = [layer.values for layer in pool.layers if isinstance(layer.values, torch.Tensor)]
+    if len(values) == len(pool.layers):
+        chosen, ties = best(values, lives, alive, pool.keep)
+        _drop_ties(pool.keep, chosen, functools.partial(_tied_at, pool.layers, chosen, ties))
+        return chosen
+    parts = [(layer.scores, live) for layer, live in zip(pool.layers, lives, strict=True) if layer.alive]
+    threshold = kth(parts, alive, alive - pool.keep)
+    chosen = [_at_least(layer, threshold) for layer in pool.layers]
+    _drop_ties(pool.keep, chosen, functools.partial(_tied, pool, chosen, threshold))
+    return chosen
 
 
 def _at_least(layer: Layer, threshold: np.floating) -> np.ndarray:
@@ -131,42 +151,48 @@ def _at_least(layer: Layer, threshold: np.floating) -> np.ndarray:
     return mask if layer.alive == layer.size else np.logical_and(mask, layer.live, out=mask)
 
 
-def _drop_ties(pool: Pool, chosen: list[np.ndarray], threshold: np.floating) -> None:
-    """Clear as many weights that score exactly `threshold` as `chosen` has too many, in place.
+def _drop_ties(keep: int, chosen: list[np.ndarray], tied: Callable[[], Iterable[Tied]]) -> None:
+    """Clear as many of the weights that `tied` tells as `chosen` has more than `keep`, in place.
 
     Ties may be all weights there are, so their priorities are never held together: they are counted in bins, and only
     those of the bin with the cut are looked at one by one.
     """
-    excess = sum(int(np.count_nonzero(mask)) for mask in chosen) - pool.keep
+    excess = sum(int(np.count_nonzero(mask)) for mask in chosen) - keep
     if not excess:
         return
     counts = np.zeros(_BINS, dtype=np.int64)
-    for _, _, order in _tied(pool, chosen, threshold):
+    for _, _, order in tied():
         counts += np.bincount(_bin(order), minlength=_BINS)
     ends = np.cumsum(counts)
     stay = int(ends[-1]) - excess
     found = int(np.searchsorted(ends, stay, side="right"))
-    near = np.concatenate([order[_bin(order) == found] for _, _, order in _tied(pool, chosen, threshold)])
+    near = np.concatenate([order[_bin(order) == found] for _, _, order in tied()])
     rank = stay - int(ends[found] - counts[found])
     cut = np.partition(near, rank)[rank]
     equal = rank - int(np.count_nonzero(near < cut))
-    for mask, index, order in _tied(pool, chosen, threshold):
+    for mask, index, order in tied():
         mask[index[order > cut]] = False
         level = index[order == cut]
         mask[level[equal:]] = False
         equal = max(0, equal - len(level))
 
 
-def _tied(
-    pool: Pool, chosen: list[np.ndarray], threshold: np.floating
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(a layer's mask, flat indices of chosen weights that score `threshold`, their priorities), part by part."""
+def _tied(pool: Pool, chosen: list[np.ndarray], threshold: np.floating) -> Iterator[Tied]:
+    """The chosen weights that score `threshold`, part by part."""
     for layer, mask in zip(pool.layers, chosen, strict=True):
         for start in range(0, layer.size, _CHUNK):
             part = slice(start, start + _CHUNK)
             index = np.flatnonzero(mask[part] & (layer.scores[part] == threshold)) + start
             if len(index):
                 yield mask, index, priority(layer.key, index)
+
+
+def _tied_at(layers: Sequence[Layer], chosen: list[np.ndarray], ties: list[np.ndarray]) -> Iterator[Tied]:
+    """The weights at the indices `ties` of each layer."""
+    for layer, mask, index in zip(layers, chosen, ties, strict=True):
+        for start in range(0, len(index), _CHUNK):
+            part = index[start : start + _CHUNK]
+            yield mask, part, priority(layer.key, part)
 
 
 def _bin(order: np.ndarray) -> np.ndarray:
