@@ -24,6 +24,7 @@ from utils.system.registry import nearest
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 FORMAT = "sieve-masks-1"
+_PIECE = 1 << 15
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -151,7 +152,7 @@ class Masks(Mapping[str, torch.Tensor]):
         """Fill pruned weights of `model` with 0.0 in place (a product would keep NaN and make -0.0)."""
         parameters = dict(bare(model).named_parameters())
         for name, tensor in self.items():
-            parameters[name].copy_(filled(parameters[name], tensor.to(parameters[name].device)))
+            parameters[name].masked_fill_(~tensor.to(parameters[name].device), 0.0)
 
     def save(self, path: str | Path, **metadata: str) -> None:
         """Write a safetensors file of uint8 0/1 tensors; its metadata holds the digest and what is given here."""
@@ -187,6 +188,18 @@ def filled(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     keep = mask.view(torch.int8).neg().to(bits)  # all ones, or none
     return (values.view(bits) & keep).view(values.dtype)
+
+
+def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of `tensors`, of one shape, along their first dimension; together they are the whole.
+
+    On a CPU a piece stays in its cache, so that a chain of elementwise operations on it reads and writes memory once.
+    """
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= _PIECE:
+        yield tensors
+        return
+    yield from zip(*(tensor.split(max(1, len(first) * _PIECE // first.numel())) for tensor in tensors), strict=True)
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], model: nn.Module, source: str) -> None:

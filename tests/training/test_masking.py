@@ -61,6 +61,7 @@ def test_weights_gradients_state_and_averages_are_zero_wherever_pruned_before_or
 def test_ranks_that_differ_stop_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, held = trained()
     before, weights, listener = held.masks, model[0].weight.detach().clone(), Listener()
+    monkeypatch.setattr(distributed, "active", lambda: True)
     monkeypatch.setattr(distributed, "gather", lambda value: [value, "another"])
     with pytest.raises(RuntimeError, match=r"masks at step 7 differ between ranks \(rank 0: .*, rank 1: another\)"):
         change_masks(held, random_masks(model, 2), [listener], "masks at step 7")

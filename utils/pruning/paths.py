@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from utils.data.stateless import derive
-from utils.masks import Masks, bare, filled, prunable_parameters
-from utils.pruning.criteria._flow import flow, is_bias, neutral, ones, pieces, replaced
+from utils.masks import Masks, bare, filled, pieces, prunable_parameters
+from utils.pruning.criteria._flow import flow, is_bias, neutral, ones, replaced
 from utils.system.errors import UserError
 
 _ROW_SUM = 1 / 8

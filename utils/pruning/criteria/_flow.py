@@ -44,7 +44,6 @@ _STANDARDISED = {
     "timm.layers.std_conv": ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"),
 }
 """Convolutions that normalise their weights."""
-_PIECE = 1 << 15
 
 
 def _known(classes: Mapping[str, tuple[str, ...]]) -> tuple[type[nn.Module], ...]:
@@ -141,18 +140,6 @@ def ones(model: nn.Module, input_shape: tuple[int, int, int] | None, user: str) 
 def is_bias(name: str) -> bool:
     """Whether the parameter called `name` is an additive constant: its name ends in `bias`."""
     return name.endswith("bias")
-
-
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of `tensors`, of one shape, along their first dimension; together they are the whole.
-
-    On a CPU a piece stays in its cache, so that a chain of elementwise operations on it reads and writes memory once.
-    """
-    first = tensors[0]
-    if first.device.type != "cpu" or first.numel() <= _PIECE:
-        yield tensors
-        return
-    yield from zip(*(tensor.split(max(1, len(first) * _PIECE // first.numel())) for tensor in tensors), strict=True)
 
 
 def flow(

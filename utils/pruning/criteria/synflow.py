@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from utils.masks import Masks, bare, filled
+from utils.masks import Masks, bare, filled, pieces
 from utils.pruning.criteria import Batches, Loss, Scores, criterion
-from utils.pruning.criteria._flow import flow, is_bias, neutral, ones, pieces
+from utils.pruning.criteria._flow import flow, is_bias, neutral, ones
 from utils.system.errors import UserError
 
 _SCALES = ((0, 0), (0, 512), (0, 960), (512, 512), (960, 960), (1020, 1020))
