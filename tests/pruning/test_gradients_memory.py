@@ -20,7 +20,9 @@ Batch = tuple[Tensor, Tensor]
 
 def drawn(model: nn.Module, density: float) -> Masks:
     generator = torch.Generator().manual_seed(5)
-    return Masks({n: torch.rand(m.shape, generator=generator) < density for n, m in Masks.dense(model).items()})
+    masks = Masks({n: torch.rand(m.shape, generator=generator) < density for n, m in Masks.dense(model).items()})
+    assert 0 < masks.kept <= masks.total  # counted here: the counter would take numpy's view of a mask for a new tensor
+    return masks
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
