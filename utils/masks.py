@@ -152,7 +152,9 @@ class Masks(Mapping[str, torch.Tensor]):
         """Fill pruned weights of `model` with 0.0 in place (a product would keep NaN and make -0.0)."""
         parameters = dict(bare(model).named_parameters())
         for name, tensor in self.items():
-            parameters[name].masked_fill_(~tensor.to(parameters[name].device), 0.0)
+            weights = parameters[name].detach()
+            for part, live in pieces(weights, tensor.to(weights.device)):
+                part.copy_(filled(part, live))
 
     def save(self, path: str | Path, **metadata: str) -> None:
         """Write a safetensors file of uint8 0/1 tensors; its metadata holds the digest and what is given here."""
