@@ -68,7 +68,8 @@ def test_a_million_scores_with_dead_ones_and_ties(monkeypatch: pytest.MonkeyPatc
     ordered = np.sort(counted(parts))
     for rank in (0, 1, len(ordered) // 10, len(ordered) // 2, len(ordered) - 2, len(ordered) - 1):
         assert kth(parts, len(ordered), rank) == ordered[rank]
-    assert max(sizes, default=0) < len(ordered) / 2
+    if shared < 1.0:  # of equal scores the lowest and the highest take all with them
+        assert max(sizes) < len(ordered) / 2
 
 
 @pytest.mark.parametrize("bracket", [(0.9, 0.95), (0.0, 0.1), (0.2, 0.2), (0.95, 0.95)])
