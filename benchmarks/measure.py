@@ -243,6 +243,11 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def clock(device: torch.device) -> Clock:
+    """What costs are measured by: this process's CPU time, on a GPU the wall clock, after a `wait`."""
+    return time.process_time if device.type == "cpu" else time.perf_counter
+
+
 def hardware() -> str:
     """CPU model, how many CPUs this process may use, and the GPUs."""
     import torch
