@@ -30,6 +30,35 @@ def test_a_small_selection_is_measured(tmp_path: Path) -> None:
     assert "k-th score" in (tmp_path / "select.csv").read_text(encoding="utf-8")
 
 
+def test_scores_on_a_device_give_the_same_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    report = Report("select", out=tmp_path)
+    select.check(report, 20_000, cpu)
+    assert len(report.rows) == 8
+    case = select.Case(20_000)
+    made, named = case.masks(), select.DeviceCase(case, cpu).masks()
+    assert made.keys() == named.keys()
+    assert all(torch.equal(made[name], named[name]) for name in made)
+    monkeypatch.setattr(select.DeviceCase, "masks", lambda case: case.live)
+    with pytest.raises(SystemExit):
+        select.check(report, 20_000, cpu)
+
+
+def test_rows_of_scores_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report("select", out=tmp_path)
+    case = select.DeviceCase(select.Case(30_000), torch.device("cpu"))
+    select.compare_device(report, "small", case, 1, first=True, limit="<= 1e6 ms")
+    gate, *rows = report.rows
+    assert gate.met is True
+    assert [row.measurement for row in rows] == ["small, k-th score"] * 3 + ["small, masks"] * 2
+    assert [row.peer for row in rows] == ["torch.sort", "", "torch.kthvalue", "torch.sort, then >=", ""]
+    assert [row.met for row in rows] == [None, True, None, None, None]
+    assert rows[1].arm_value == rows[0].arm_value
+    monkeypatch.setattr(select.DeviceCase, "sort", lambda case: -1.0)
+    with pytest.raises(SystemExit):
+        select.compare_device(report, "small", case, 1, first=False)
+
+
 class Tiny(nn.Module):
     """A convolution, a norm and a linear layer, for images of SHAPE."""
 
