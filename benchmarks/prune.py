@@ -43,13 +43,13 @@ APART = 1e-4
 SECONDS = {("torchvision/resnet50", 224, 100): "<= 2.5"}
 """What SynFlow may take on a GPU, by model, image side and rounds."""
 Shape = tuple[int, int, int]
-Select = Callable[[Mapping[str, Tensor], Masks, int], dict[str, Tensor]]
+Select = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], int], dict[str, Tensor]]
 
 
 # SynFlow -------------------------------------------------------------------------------------------------------------
 
 
-def by_kthvalue(scores: Mapping[str, Tensor], masks: Masks, keep: int) -> dict[str, Tensor]:
+def by_kthvalue(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
     """The published selection: all scores end to end, the threshold below the `keep` highest, what exceeds it.
 
     Of scores that tie with the threshold it would keep none; here the seeded order of ties fills up what is missing.
@@ -58,32 +58,34 @@ def by_kthvalue(scores: Mapping[str, Tensor], masks: Masks, keep: int) -> dict[s
     threshold = torch.kthvalue(flat, len(flat) - keep).values
     found = {name: score > threshold for name, score in scores.items()}
     if missing := keep - sum(int(mask.count_nonzero()) for mask in found.values()):
-        tied = {name: (score == threshold).cpu() & masks[name] for name, score in scores.items()}
+        tied = {name: (score == threshold).cpu() & masks[name].cpu() for name, score in scores.items()}
         more = top(Pool(tuple(layers_of(scores, tied, 0)), missing))
         found = {name: mask | more[name].to(mask.device) for name, mask in found.items()}
     return found
 
 
-def by_sieve(scores: Mapping[str, Tensor], masks: Masks, keep: int) -> dict[str, Tensor]:
+def by_sieve(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
     """This selection."""
-    return top(Pool(tuple(layers_of(scores, masks, 0)), keep))
+    return top(Pool(tuple(layers_of(scores, {name: mask.cpu() for name, mask in masks.items()}, 0)), keep))
 
 
 def loop(model: nn.Module, rounds: int, select: Select, dtype: torch.dtype, shape: Shape = SHAPE) -> Masks:
     """SynFlow as a plain loop: |w| m in place, no biases, no norms, an image of ones, backward, |w grad|, select."""
     masks = Masks.dense(model)
+    live: Mapping[str, Tensor] = masks
     net, found = positive(model, dtype, masks)
     image = torch.ones(1, *shape, dtype=dtype, device=device_of(model))
     for density in round_densities("exponential", 1.0, DENSITY, rounds):
         net.zero_grad()
         net(image).sum().backward()
         scores = {name: (weight.grad * weight).abs_().detach() for name, weight in found.items()}  # type: ignore[operator]
-        chosen = select(scores, masks, kept_count(density, masks.total))
-        masks = Masks(chosen)
+        chosen = select(scores, live, kept_count(density, masks.total))
+        # On a GPU the published code's masks stay there: no copy of each round's may slow the peer down.
+        live = Masks(chosen) if image.device.type == "cpu" else chosen
         with torch.no_grad():
             for name, weight in found.items():
-                weight.mul_(chosen[name].to(weight.device))
-    return masks
+                weight.mul_(live[name].to(weight.device))
+    return Masks(live)
 
 
 def positive(model: nn.Module, dtype: torch.dtype, masks: Masks) -> tuple[nn.Module, dict[str, nn.Parameter]]:
