@@ -8,6 +8,12 @@ the `device` loader stands against a torchvision DataLoader.
 
 Every arm lives in a process of its own, since FFCV's loader changes numba's types for the whole process, and reads one
 epoch whenever it is asked. The cost of an epoch is the CPU time of all its threads, so figures are per core.
+
+With --workers or --device, instead: one loader on so many threads by the wall clock, and training that it feeds
+(`benchmarks.feeding`), for which no peer need be installed.
+
+    python -m benchmarks.loader
+    python -m benchmarks.loader --workers 16 --device cuda
 """
 
 from __future__ import annotations
@@ -17,11 +23,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import loader_arms, measure
+import torch
+
+from benchmarks import feeding, loader_arms, measure
 from benchmarks.loader_arms import Process
 from benchmarks.measure import Report, figure
 from benchmarks.pictures import Pictures
 from utils.data import beton, beton_format
+from utils.system.cpus import allowed_cpus
 
 JPEG, RAW = "500 px q90 JPEG", "256 px raw"
 SIEVE, FFCV, TURBO, PILLOW = "sieve", "ffcv", "turbojpeg", "pillow"
@@ -71,6 +80,14 @@ def compare_device(report: Report, rounds: int) -> None:
         pair(report, "CIFAR-10, device loader", "sieve", device, "torchvision DataLoader", peer, rounds, ">= 5")
 
 
+def compare_threads(report: Report, path: Path, threads: int, device: torch.device, each: int, rounds: int) -> None:
+    """The rows of one loader on several threads, alone and at work."""
+    one, several = (loader_arms.digest(path, "ffcv", number) for number in (1, threads))
+    report.gate(f"the same pixels from one thread and {threads}", one == several)
+    feeding.threads_row(report, JPEG, path, threads, each, rounds)
+    feeding.overlap_row(report, path, feeding.feed_of(device, threads, each), rounds)
+
+
 def pair(
     report: Report, name: str, arm: str, ours: Process, peer: str, theirs: Process, rounds: int, target: str = ""
 ) -> measure.Row:
@@ -84,11 +101,20 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=256, help="pictures in each file (default 256)")
     parser.add_argument("--rounds", type=int, default=9, help="pairs a row (default 9)")
+    parser.add_argument("--workers", type=int, default=1, help="threads of one loader (default 1)")
+    parser.add_argument("--device", default="", help="cpu or cuda: what training fed by the loader runs on")
+    parser.add_argument("--each", type=int, default=1024, help="with --workers: images a thread and run (default 1024)")
     parser.add_argument("--out", type=Path, default=measure.OUT, help="where loader.csv goes")
     given = parser.parse_args(arguments)
+    if not 1 <= given.workers <= allowed_cpus():
+        parser.error(f"--workers {given.workers}: this process may use 1 to {allowed_cpus()} CPUs")
     report = Report("loader", ("ffcv", "numba", "opencv-python-headless", "torchvision", "pillow"), given.out)
     with tempfile.TemporaryDirectory() as folder:
         paths = write_files(Path(folder), given.images)
+        if given.device or given.workers > 1:
+            device = torch.device(given.device or "cpu")
+            compare_threads(report, paths[JPEG], given.workers, device, given.each, given.rounds)
+            return report.finish()
         with Process("checks", None) as arm:
             check(report, paths, arm)
         compare(report, paths, given.rounds)

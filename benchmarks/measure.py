@@ -25,9 +25,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.system import atomic
 from utils.system.cpus import allowed_cpus
+
+if TYPE_CHECKING:
+    import torch
 
 OUT = Path(__file__).resolve().parent / "out"
 """Where CSVs go unless a measurement is told otherwise."""
@@ -229,6 +233,19 @@ def _cells(row: Row) -> list[str]:
         for value in (row.arm_value, row.peer_value)
     )
     return [row.measurement, row.arm, row.peer, ratio, row.target, met, arm, peer]
+
+
+def wait(device: torch.device) -> None:
+    """Until all that was asked of `device` is done; on a CPU it is."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def clock(device: torch.device) -> Clock:
+    """What costs are measured by: this process's CPU time, on a GPU the wall clock, after a `wait`."""
+    return time.process_time if device.type == "cpu" else time.perf_counter
 
 
 def hardware() -> str:

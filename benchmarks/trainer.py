@@ -5,7 +5,8 @@ losses and at signals, masks at density 0.1. The bare loop is forward, backward 
 the device, with the same masks; the published harness's step, rebuilt in `benchmarks.published`, has the same batch to
 itself: NCHW order, weight * mask in every forward pass, loss and accuracy read back at every step. All in the same
 precision, at the same masks; the published step in a process of its own. The level also with training.compile. Costs
-are CPU time of one thread, on a GPU wall time.
+are CPU time of one thread, on a GPU wall time. On a GPU also the level's images per second, and their share of what
+the memory of that GPU allows (`benchmarks.roof`).
 
     python -m benchmarks.trainer
     python -m benchmarks.trainer --device cuda
@@ -20,15 +21,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, roof
 from benchmarks.measure import Report
 from benchmarks.step import check, fits, ours
 from benchmarks.trainer_arms import LEVEL, PUBLISHED, Process, Work
 from utils.training import precision
 
 
-def compare(report: Report, work: Work, rounds: int, target: str) -> None:
-    """The rows of one network."""
+def compare(report: Report, work: Work, rounds: int, target: str, bandwidth: float | None = None) -> None:
+    """The rows of one network. bandwidth: of the device's memory, for the share of the roof; None leaves that out."""
     label = f"{work.model}, {work.size} px, batch {work.batch}, {work.dtype}"
     name = "sieve, a level" + (", compiled" if work.compile else "")
     with Process(LEVEL, work) as level, Process(PUBLISHED, work) as published:
@@ -41,7 +42,11 @@ def compare(report: Report, work: Work, rounds: int, target: str) -> None:
         (waited,) = level.ask("waited")
         report.add(measure.figure(f"level, {label}: largest share of an epoch waiting for data", name, waited, ""))
         pairs = measure.interleave(level.cost, published.cost, rounds)
-        report.add(measure.faster(f"step, {label}", name, "published harness's step", pairs, target))
+        row = report.add(measure.faster(f"step, {label}", name, "published harness's step", pairs, target))
+    network = roof.NETWORKS.get((work.model, work.size))
+    if bandwidth is not None and network is not None:
+        assert row.arm_value is not None
+        roof.add_rows(report, label, name, network, row.arm_value, bandwidth)
 
 
 def plan(device: torch.device, dtype: torch.dtype, steps: int | None) -> list[tuple[Work, str]]:
@@ -86,8 +91,13 @@ def main(arguments: list[str]) -> int:
     for work in (work for work, _ in works if not work.compile):
         one_pass = functools.partial(ours, one_pass=fits(work.setting, "SGD"))
         check(report, work.setting, "SGD", one_pass, work.model)
+    bandwidth = None
+    if device.type == "cuda":
+        bandwidth = roof.copy_bandwidth(device)
+        report.add(measure.figure("copies on the device, read and written", "torch", bandwidth / 1e9, "GB/s"))
+        torch.cuda.empty_cache()  # the arms live in processes of their own
     for work, target in works:
-        compare(report, work, given.rounds, target)
+        compare(report, work, given.rounds, target, bandwidth)
     return report.finish()
 
 

@@ -107,9 +107,11 @@ def test_arms_of_the_trainer_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plans_name_targets() -> None:
     cpu = trainer.plan(torch.device("cpu"), torch.bfloat16, None)
-    assert [(work.model, target) for work, target in cpu if not work.compile] == [
-        ("cifar/resnet20", ">= 1.4"),
-        ("cifar/resnet18", ">= 1.3"),
+    assert [(work.model, target, work.compile) for work, target in cpu] == [
+        ("cifar/resnet20", ">= 1.4", False),
+        ("cifar/resnet18", ">= 1.3", False),
+        ("cifar/resnet20", ">= 1.4", True),
+        ("cifar/resnet18", ">= 1.3", True),
     ]
     gpu = trainer.plan(torch.device("cuda"), torch.bfloat16, 3)
     assert ("torchvision/resnet50", 224, ">= 1.8") in [(work.model, work.size, target) for work, target in gpu]

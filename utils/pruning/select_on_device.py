@@ -25,21 +25,26 @@ def best(values: Sequence[Tensor], lives: Lives, count: int, keep: int) -> tuple
 
     values: flat scores per layer, on one device and of one dtype. 0 < keep < count. Raises ValueError for NaN.
     """
-    scores = torch.cat(list(values))
-    live = _together(values, lives)
-    threshold = _kth(scores, live, _sample(values, lives, scores), count, count - keep)
-    chosen = scores >= threshold
+    scores, live = torch.cat(list(values)), _together(values, lives)
+    highest = _kth(scores, live, _sample(values, lives, scores), count, count - keep)
+    chosen = scores >= highest
     if live is not None:
         chosen &= live
     ties = chosen.new_empty(0, dtype=torch.int64)
     if int(chosen.count_nonzero()) > keep:
-        ties = (chosen & (scores == threshold)).nonzero().flatten()
+        ties = (chosen & (scores == highest)).nonzero().flatten()
     sizes = [len(one) for one in values]
     masks = [mask.numpy() for mask in chosen.cpu().split(sizes)]
     begins = np.cumsum([0, *sizes])
     index = ties.cpu().numpy()
     cuts = np.searchsorted(index, begins)
     return masks, [index[cuts[i] : cuts[i + 1]] - begins[i] for i in range(len(sizes))]
+
+
+def threshold(values: Sequence[Tensor], rank: int) -> Tensor:
+    """The score of `rank` (0 is the lowest) among all, without dimensions. Raises ValueError for NaN."""
+    scores = torch.cat(list(values))
+    return _kth(scores, None, _sample(values, [None] * len(values), scores), len(scores), rank)
 
 
 def _together(values: Sequence[Tensor], lives: Lives) -> Tensor | None:
