@@ -94,7 +94,7 @@ class DeviceCase:
     """A `Case` whose scores lie on `device`, by name, as a criterion gives them; the masks it starts from do not."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        self.keep, self.rank, self.alive, self.device = case.keep, case.rank, device
+        self.keep, self.rank, self.device = case.keep, case.rank, device
         self.flat = torch.from_numpy(case.flat).to(device)
         parts = torch.tensor_split(self.flat, LAYERS)
         self.scores = {layer.name: part for layer, part in zip(case.layers, parts, strict=True)}
