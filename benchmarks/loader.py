@@ -74,10 +74,12 @@ def compare(report: Report, paths: dict[str, Path], rounds: int) -> None:
         report.add(figure(f"{RAW}, per core", "sieve, resize=ffcv", row.arm_value, "images/s", ">= 5,000"))
 
 
-def compare_device(report: Report, rounds: int) -> None:
-    """The row of the `device` loader."""
-    with Process("device", None) as device, Process("torchvision", None) as peer:
-        pair(report, "CIFAR-10, device loader", "sieve", device, "torchvision DataLoader", peer, rounds, ">= 5")
+def compare_device(report: Report, rounds: int, where: str = "cpu") -> None:
+    """The row of the `device` loader, whose images lie on `where`; its peer is one process that has to bring them."""
+    name = "CIFAR-10, device loader" + (f", {where}, wall clock" if where != "cpu" else "")
+    with Process("device", None, where) as device, Process("torchvision", None, where) as peer:
+        target = ">= 5" if where == "cpu" else ">= 20"
+        pair(report, name, "sieve", device, "torchvision DataLoader", peer, rounds, target)
 
 
 def compare_threads(report: Report, path: Path, threads: int, device: torch.device, each: int, rounds: int) -> None:
@@ -91,7 +93,7 @@ def compare_threads(report: Report, path: Path, threads: int, device: torch.devi
 def pair(
     report: Report, name: str, arm: str, ours: Process, peer: str, theirs: Process, rounds: int, target: str = ""
 ) -> measure.Row:
-    """One row: epochs in turn, each arm's cost being CPU seconds an image."""
+    """One row: epochs in turn, each arm's cost being seconds an image."""
     pairs = measure.interleave(ours.cost, theirs.cost, rounds)
     return report.add(measure.faster(name, arm, peer, pairs, target))
 
@@ -114,6 +116,8 @@ def main(arguments: list[str]) -> int:
         if given.device or given.workers > 1:
             device = torch.device(given.device or "cpu")
             compare_threads(report, paths[JPEG], given.workers, device, given.each, given.rounds)
+            if device.type == "cuda":
+                compare_device(report, given.rounds, "cuda")
             return report.finish()
         with Process("checks", None) as arm:
             check(report, paths, arm)

@@ -11,7 +11,6 @@ import io
 import itertools
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import processes
+from benchmarks import measure, processes
 from utils import params
 from utils.data import augment, beton_format
 from utils.data.order import Shard
@@ -43,10 +42,13 @@ def spec_of(mode: str = "jpg", resize: str = "ffcv", **changes: Any) -> DataSpec
 
 
 class Process(processes.Process):
-    """An arm of the loaders; its cost is CPU seconds an image of the next epoch."""
+    """An arm of the loaders; its cost is seconds an image of the next epoch, CPU time or, on a GPU, wall clock.
 
-    def __init__(self, name: str, path: Path | None, resize: str = "ffcv") -> None:
-        super().__init__("benchmarks.loader_arms", name, str(path or ""), resize, name=name)
+    choice: data.resize of the stored images' arms; the device of those without a file.
+    """
+
+    def __init__(self, name: str, path: Path | None, choice: str = "ffcv") -> None:
+        super().__init__("benchmarks.loader_arms", name, str(path or ""), choice, name=name)
 
 
 # The arms: each gives a function that reads epoch `number` and returns how many images it held ---------------------
@@ -198,27 +200,32 @@ class Small:
         return "noise"
 
 
-def device(_: Path, __: str) -> Epoch:
-    """The `device` loader on the CPU: padded crops, mirrors, normalised float32."""
+def device(_: Path, where: str) -> Epoch:
+    """The `device` loader: padded crops, mirrors, normalised float32."""
     from utils.data.device_loader import DeviceLoader
+
+    place = torch.device(where)
 
     spec = spec_of(image_size=32, eval_size=32, augment="crop", eval_ratio=1.0)
     loader = DeviceLoader(
-        spec, Small(), np.arange(CIFAR_IMAGES), Shard(0, 1, CIFAR_BATCH, 1), CPU,
+        spec, Small(), np.arange(CIFAR_IMAGES), Shard(0, 1, CIFAR_BATCH, 1), place,
         training=True, order_seed=3, channels_last=True, workers=1, eval_batch=CIFAR_BATCH,
     )  # fmt: skip
 
     def epoch(number: int) -> int:
         loader.set_epoch(0, number)
-        return sum(len(images) for images, _ in loader)
+        count = sum(len(images) for images, _ in loader)
+        measure.wait(place)
+        return count
 
     return epoch
 
 
-def torchvision(_: Path, __: str) -> Epoch:
-    """What torchvision's CIFAR10 and its usual transforms do, in a DataLoader."""
+def torchvision(_: Path, where: str) -> Epoch:
+    """What torchvision's CIFAR10 and its usual transforms do, in a DataLoader, then on the device."""
     from torchvision import transforms
 
+    place = torch.device(where)
     small = Small()
     change = transforms.Compose([
         transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
@@ -233,7 +240,13 @@ def torchvision(_: Path, __: str) -> Epoch:
             return change(small.image(index)), int(small.labels[index])
 
     loader = DataLoader(Cifar(), CIFAR_BATCH, shuffle=True, drop_last=True)
-    return lambda _: sum(len(images) for images, _ in loader)
+
+    def epoch(_: int) -> int:
+        count = sum(len(images.to(place)) for images, _ in loader)
+        measure.wait(place)
+        return count
+
+    return epoch
 
 
 ARMS = {one.__name__: one for one in (sieve, ffcv, turbojpeg, pillow, device, torchvision)}
@@ -282,10 +295,11 @@ def digest(path: Path, resize: str, workers: int) -> tuple[float, float]:
 # The process ---------------------------------------------------------------------------------------------------------
 
 
-def serve(name: str, path: Path, resize: str) -> None:
+def serve(name: str, path: Path, choice: str) -> None:
     """Answer the lines of the input until it ends."""
     torch.set_num_threads(1)
-    epoch = ARMS[name](path, resize) if name in ARMS else None
+    epoch = ARMS[name](path, choice) if name in ARMS else None
+    clock = measure.clock(torch.device("cuda" if choice == "cuda" else "cpu"))
     numbers = itertools.count()
 
     def answer(words: list[str]) -> tuple[float, ...]:
@@ -294,9 +308,9 @@ def serve(name: str, path: Path, resize: str) -> None:
         if words[0] == "digest":
             return digest(Path(words[1]), words[2], int(words[3]))
         assert epoch is not None
-        start = time.process_time()
+        start = clock()
         images = epoch(next(numbers))
-        return time.process_time() - start, images
+        return clock() - start, images
 
     processes.serve(answer)
 
