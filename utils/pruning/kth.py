@@ -10,6 +10,7 @@ value of the scores themselves, so it does not depend on how it was found.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -86,12 +87,20 @@ def sample_places(sizes: Sequence[int], lives: Sequence[np.ndarray | None]) -> I
 
     Drawn at random from its stretch, not every n-th: weights repeat with the size of their kernels.
     """
-    stretch = max(1, sum(sizes) // SAMPLE)
-    rng = np.random.default_rng(0)
-    for size, live in zip(sizes, lives, strict=True):
-        start = np.arange(0, size - stretch + 1, stretch)
-        place = start + rng.integers(stretch, size=len(start))
+    for place, live in zip(_places(tuple(sizes), max(1, sum(sizes) // SAMPLE)), lives, strict=True):
         yield place if live is None else place[live[place]]
+
+
+@functools.lru_cache(maxsize=4)
+def _places(sizes: tuple[int, ...], stretch: int) -> tuple[np.ndarray, ...]:
+    """One index from each stretch of each layer, the same whenever it is asked for: a pruning asks in every round."""
+    rng = np.random.default_rng(0)
+    found = []
+    for size in sizes:
+        start = np.arange(0, size - stretch + 1, stretch)
+        found.append(start + rng.integers(stretch, size=len(start)))
+        found[-1].setflags(write=False)
+    return tuple(found)
 
 
 def _within(parts: Sequence[Part], low: np.floating, high: np.floating) -> tuple[int, np.ndarray]:

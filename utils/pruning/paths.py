@@ -30,8 +30,6 @@ from utils.system.errors import UserError
 
 _ROW_SUM = 1 / 8
 _SHOWN = 5
-_PERIOD = 65_521
-"""A prime, so that no row or column of a weight repeats the one before."""
 
 
 @dataclass(frozen=True)
@@ -128,21 +126,12 @@ def _values(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
 
 
 def _random(like: Tensor, name: str) -> Tensor:
-    """Float64 in [0.5, 1), a function of the name and the shape, contiguous on the device of `like`.
-
-    Drawing a number for every weight would take a fifth of the search: large tensors have `_PERIOD` of them again and
-    again, from a start that the name decides.
-    """
-    size, start = like.numel(), derive("paths", name) % _PERIOD
-    numbers = _numbers()[start : start + min(size, _PERIOD)]
-    return numbers.repeat(-(-size // _PERIOD))[:size].view(like.shape).to(like.device)
-
-
-@functools.cache
-def _numbers() -> Tensor:
-    generator = torch.Generator().manual_seed(derive("paths"))
-    once = torch.rand(_PERIOD, generator=generator, dtype=torch.float64).add_(1.0).mul_(0.5)
-    return torch.cat([once, once])
+    """Float64 in [0.5, 1), a function of the name and the shape, contiguous on the device of `like`."""
+    generator = torch.Generator().manual_seed(derive("paths", name))
+    value = torch.empty(like.shape, dtype=torch.float64)
+    for (part,) in pieces(value):
+        part.copy_(torch.rand(part.shape, generator=generator)).add_(1.0).mul_(0.5)
+    return value.to(like.device)
 
 
 def _pools(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:

@@ -99,10 +99,11 @@ def _random_states(model: nn.Module) -> Iterator[None]:
 
 
 def _digests(model: nn.Module) -> dict[str, bytes]:
-    """SHA-256 of the bytes of every parameter in the order of its memory, by name."""
+    """SHA-256 of the bytes of every parameter in the order of its memory, and its strides, by name."""
     found = {}
     for name, parameter in model.named_parameters():
         widest_first = sorted(range(parameter.ndim), key=parameter.stride, reverse=True)
         flat = parameter.detach().permute(widest_first).cpu().contiguous().reshape(-1).view(torch.uint8)
-        found[name] = hashlib.sha256(flat.numpy()).digest()  # type: ignore[arg-type]
+        digest = hashlib.sha256(flat.numpy()).digest()  # type: ignore[arg-type]
+        found[name] = digest + repr(parameter.stride()).encode()
     return found
