@@ -163,6 +163,7 @@ def overlap_row(report: Report, path: Path, feed: Feed, rounds: int) -> measure.
     if feed.device.type == "cpu":
         torch.set_num_threads(1)
         memory.keep_freed()  # as in a process of the harness
+    measure.settle(feed.device)
     feeding = Feeding(path, feed)
     try:
         costs = in_turn([feeding.fed, feeding.alone, feeding.loaded], rounds)

@@ -93,6 +93,7 @@ def main(arguments: list[str]) -> int:
         for part in parts:
             print(f"{shlex.join(command(part, out))}  # at most {part.limit} s")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end what runs then
     return run_all(parts, out)
 
 

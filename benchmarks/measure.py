@@ -243,6 +243,15 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def settle(device: torch.device) -> None:
+    """On a GPU: torch as the harness's processes set it. The published harness leaves cuDNN as it is."""
+    if device.type == "cuda":
+        import torch
+
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def clock(device: torch.device) -> Clock:
     """What costs are measured by: this process's CPU time, on a GPU the wall clock, after a `wait`."""
     return time.process_time if device.type == "cpu" else time.perf_counter

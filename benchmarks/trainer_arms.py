@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import processes
+from benchmarks import measure, processes
 from benchmarks.published import harness_step
 from benchmarks.step import Arm, Setting, batch_of, fits, leaks, network, optimizer_of, ours
 from utils import params, sparsity
@@ -155,6 +155,8 @@ def start(name: str, work: Work) -> Callable[[], None]:
         torch.set_num_threads(1)
         if name != PUBLISHED:
             memory.keep_freed()
+    if name != PUBLISHED:
+        measure.settle(setting.device)
     if name == LEVEL:
         return Level(setting, work.steps, work.compile)
     if name == BARE:

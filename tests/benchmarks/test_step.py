@@ -10,7 +10,18 @@ import torch
 
 from benchmarks import published, step, trainer, trainer_arms
 from benchmarks.measure import Report
-from benchmarks.step import Arm, Setting, check, dense, forward_product, leaks, network, ours, pruned_by_torch
+from benchmarks.step import (
+    Arm,
+    Setting,
+    check,
+    dense,
+    forward_product,
+    leaks,
+    masked_late,
+    network,
+    ours,
+    pruned_by_torch,
+)
 from benchmarks.trainer_arms import LEVEL, PUBLISHED, Work
 from utils.system import memory
 
@@ -116,3 +127,16 @@ def test_plans_name_targets() -> None:
     gpu = trainer.plan(torch.device("cuda"), torch.bfloat16, 3)
     assert ("torchvision/resnet50", 224, ">= 1.8") in [(work.model, work.size, target) for work, target in gpu]
     assert {work.steps for work, _ in gpu} == {3}
+
+
+def test_gradients_masked_before_the_step_give_the_same_bits() -> None:
+    """What stands for the harness on a GPU."""
+    late, hooks = HOOKS(SETTING, "SGD", 0.05), HOOKS(SETTING, "SGD", 0.05)
+    masked_late(late)
+    for _ in range(3):
+        late()
+        hooks()
+    assert late.held is not None
+    assert leaks(late, late.held.masks) == 0
+    theirs = dict(hooks.model.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in late.model.named_parameters())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,13 @@ from utils.training.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"data.val": 0.2, "data.subset": 120, "levels.densities": [1.0, 0.3]}
+
+
+@pytest.fixture(autouse=True)
+def thawed() -> Iterator[None]:
+    """An entry point freezes what is alive when it has made its imports."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
