@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import measure
 from benchmarks.processes import ROOT
+from utils.system.cpus import allowed_cpus
 
 LARGE = "--model torchvision/resnet50 --size 224 --classes 1000"
 
@@ -39,9 +40,9 @@ PARTS = (
     Part("step-resnet50", f"benchmarks.step --device cuda {LARGE} --batch 256", 300),
     Part("step-cifar", "benchmarks.step --device cuda --model cifar/resnet18 --batch 512", 180),
     Part("select", "benchmarks.select --device cuda", 180),
-    Part("prune", f"benchmarks.prune --device cuda {LARGE}", 600),
+    Part("prune", f"benchmarks.prune --device cuda {LARGE} --pairs 1", 600),
     Part("trainer", "benchmarks.trainer --device cuda --rounds 5", 1800),
-    Part("loader", "benchmarks.loader --workers 16 --device cuda --rounds 5", 600),
+    Part("loader", f"benchmarks.loader --workers {min(16, allowed_cpus())} --device cuda --rounds 5", 600),
 )
 
 

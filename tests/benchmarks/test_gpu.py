@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu import Part
+from utils.system.cpus import allowed_cpus
 
 
 def test_a_dry_run_prints_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,7 +21,7 @@ def test_a_dry_run_prints_every_command(tmp_path: Path, capsys: pytest.CaptureFi
     modules = [line.split(" -m ")[1].split()[0].removeprefix("benchmarks.") for line in lines]
     assert modules == ["step", "step", "select", "prune", "trainer", "loader"]
     assert all("--device cuda" in line and f"--out {tmp_path}" in line and "# at most" in line for line in lines)
-    assert "--workers 16" in lines[-1]
+    assert f"--workers {min(16, allowed_cpus())} " in lines[-1]
     assert not any(tmp_path.iterdir())
     assert gpu.main(["--dry-run", "--only", "prune"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
