@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils.pruning import select
 from utils.pruning.select import Layer, Pool, covers, kept_count, layers_of, top
 
 VALUES = st.sampled_from([-math.inf, -2.5, -1.0, -0.0, 0.0, 1e-45, 0.5, 1.0, math.inf])
@@ -60,8 +61,12 @@ def _hash(seed: int, name: str, index: int) -> int:
     return _split_mix((_split_mix((key + index * golden) & wrap) + golden) & wrap) >> 11
 
 
+@pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("seed", [0, 1, 77])
-def test_ties_follow_the_documented_seeded_order(seed: int) -> None:
+def test_ties_follow_the_documented_seeded_order(monkeypatch: pytest.MonkeyPatch, seed: int, there: bool) -> None:
+    """there: by the way of scores that lie on a GPU."""
+    if there:
+        monkeypatch.setattr(select, "_flat", lambda scores: scores)
     masks = {"a": torch.ones(3, 20, dtype=torch.bool), "b": torch.ones(40, dtype=torch.bool)}
     masks["b"][:5] = False
     scores = {"a": torch.zeros(3, 20), "b": torch.zeros(40)}
