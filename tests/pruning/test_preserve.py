@@ -99,3 +99,10 @@ def test_a_change_that_is_undone_is_no_change() -> None:
         saved = model[0].weight.clone()
         model[0].weight.abs_()
         model[0].weight.copy_(saved)
+
+
+def test_a_weight_turned_over_is_a_change() -> None:
+    """Its memory holds the same bytes in the same order, but the values stand elsewhere."""
+    model = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError, match="scoring changed parameter 'weight'"), unchanged(model):
+        model.weight.data = model.weight.data.t()
