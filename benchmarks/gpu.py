@@ -37,6 +37,7 @@ class Part:
 
 
 PARTS = (
+    Part("matrix", "benchmarks.matrix --device cuda --limit 480", 720),
     Part("step-resnet50", f"benchmarks.step --device cuda {LARGE} --batch 256", 300),
     Part("step-cifar", "benchmarks.step --device cuda --model cifar/resnet18 --batch 512", 180),
     Part("select", "benchmarks.select --device cuda", 180),

@@ -116,6 +116,17 @@ class DeviceCase:
         """From a sort of all."""
         return float(torch.sort(self.flat).values[self.rank])
 
+    def histogram(self) -> float:
+        """From two counts of the scores' bits, which order numbers that are not negative: upper half, then lower."""
+        bits = self.flat.view(torch.int32)
+        upper = bits >> 16
+        ends = torch.bincount(upper, minlength=1 << 15).cumsum(0)
+        found = torch.searchsorted(ends, self.rank, right=True)
+        inside = bits[upper == found] & 0xFFFF
+        left = self.rank - (ends[found] - len(inside))
+        lower = torch.searchsorted(torch.bincount(inside, minlength=1 << 16).cumsum(0), left, right=True)
+        return float((found << 16 | lower).int().view(torch.float32))
+
     def sorted_masks(self) -> list[torch.Tensor]:
         """What scores no less than a sort's threshold, however many that are."""
         threshold = self.sort()
@@ -165,8 +176,8 @@ def compare_sort(report: Report, name: str, case: Case, rounds: int) -> None:
 
 def compare_device(report: Report, name: str, case: DeviceCase, rounds: int, first: bool, limit: str = "") -> None:
     """The rows of one size with scores on a device. first: kthvalue too; limit: what the threshold may cost."""
-    agree = case.threshold() == case.sort()
-    report.gate(f"{name}: a sort finds the same score", agree, f"{case.threshold()!r}")
+    agree = case.threshold() == case.sort() == case.histogram()
+    report.gate(f"{name}: a sort and a histogram find the same score", agree, f"{case.threshold()!r}")
 
     def together(arm: Callable[[], object], peer: Callable[[], object]) -> measure.Pairs:
         def timed(work: Callable[[], object]) -> float:
@@ -182,6 +193,8 @@ def compare_device(report: Report, name: str, case: DeviceCase, rounds: int, fir
     row = report.add(measure.quicker(f"{name}, k-th score", "sieve", "torch.sort", pairs))
     assert row.arm_value is not None
     report.add(measure.figure(f"{name}, k-th score", "sieve", row.arm_value, "ms", limit))
+    pairs = together(case.threshold, case.histogram)
+    report.add(measure.quicker(f"{name}, k-th score", "sieve", "histogram of bits", pairs))
     if first:
         pairs = together(case.threshold, case.kthvalue)
         report.add(measure.quicker(f"{name}, k-th score", "sieve", "torch.kthvalue", pairs))

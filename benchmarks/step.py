@@ -64,6 +64,7 @@ class Arm:
     def __init__(self, setting: Setting, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.setting, self.model, self.optimizer = setting, model, optimizer
         self.batch = batch_of(setting)
+        self.forward: Callable[[Tensor], Tensor] = model
         self.update: Callable[[], object] = optimizer.step
         self.held: Sparsity | None = None
 
@@ -71,7 +72,7 @@ class Arm:
         """One step; returns its loss."""
         images, labels = self.batch
         with precision.autocast(self.setting.device, self.setting.dtype):
-            loss = functional.cross_entropy(self.model(images).float(), labels)
+            loss = functional.cross_entropy(self.forward(images).float(), labels)
         loss.backward()
         self.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -209,7 +210,7 @@ def check(report: Report, setting: Setting, kind: str, make: Callable[[Setting, 
         live = arm.held.masks[name_of].to(p.device) if name_of in arm.held.masks else torch.ones_like(p)
         apart = max(apart, float(((p - theirs[name_of]) * live).detach().abs().max()))
     exact = setting.device.type == "cpu"
-    same = losses[-1][0] == losses[-1][1] and apart == 0 if exact else apart <= 1e-5
+    same = bool(losses[-1][0] == losses[-1][1]) and apart == 0 if exact else apart <= 1e-5
     report.gate(f"{kind}, {name}: trajectory of the weight * mask forward in float32", same, f"apart by {apart:g}")
 
 

@@ -19,7 +19,7 @@ def test_a_dry_run_prints_every_command(tmp_path: Path, capsys: pytest.CaptureFi
     assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     modules = [line.split(" -m ")[1].split()[0].removeprefix("benchmarks.") for line in lines]
-    assert modules == ["step", "step", "select", "prune", "trainer", "loader"]
+    assert modules == ["matrix", "step", "step", "select", "prune", "trainer", "loader"]
     assert all("--device cuda" in line and f"--out {tmp_path}" in line and "# at most" in line for line in lines)
     assert f"--workers {min(16, allowed_cpus())} " in lines[-1]
     assert not any(tmp_path.iterdir())

@@ -50,13 +50,15 @@ def test_rows_of_scores_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     select.compare_device(report, "small", case, 1, first=True, limit="<= 1e6 ms")
     gate, *rows = report.rows
     assert gate.met is True
-    assert [row.measurement for row in rows] == ["small, k-th score"] * 3 + ["small, masks"] * 2
-    assert [row.peer for row in rows] == ["torch.sort", "", "torch.kthvalue", "torch.sort, then >=", ""]
-    assert [row.met for row in rows] == [None, True, None, None, None]
+    assert [row.measurement for row in rows] == ["small, k-th score"] * 4 + ["small, masks"] * 2
+    peers = ["torch.sort", "", "histogram of bits", "torch.kthvalue", "torch.sort, then >=", ""]
+    assert [row.peer for row in rows] == peers
+    assert [row.met for row in rows] == [None, True, None, None, None, None]
     assert rows[1].arm_value == rows[0].arm_value
-    monkeypatch.setattr(select.DeviceCase, "sort", lambda case: -1.0)
-    with pytest.raises(SystemExit):
-        select.compare_device(report, "small", case, 1, first=False)
+    for way in ("sort", "histogram"):
+        with monkeypatch.context() as spoilt, pytest.raises(SystemExit):
+            spoilt.setattr(select.DeviceCase, way, lambda case: -1.0)
+            select.compare_device(report, "small", case, 1, first=False)
 
 
 class Tiny(nn.Module):
