@@ -66,7 +66,8 @@ def by_kthvalue(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], keep:
 
 def by_sieve(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
     """This selection."""
-    return top(Pool(tuple(layers_of(scores, {name: mask.cpu() for name, mask in masks.items()}, 0)), keep))
+    live = masks if isinstance(masks, Masks) else Masks(masks)
+    return top(Pool(tuple(layers_of(scores, live, 0)), keep))
 
 
 def loop(model: nn.Module, rounds: int, select: Select, dtype: torch.dtype, shape: Shape = SHAPE) -> Masks:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import csv
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from utils import masks as masks_module
 from utils import models
 from utils.files import load_weights
 from utils.masks import Masks, prunable_parameters
 from utils.params.pruning import Pruning
-from utils.pruning import prune
+from utils.pruning import prune, select
 from utils.pruning.choose import choose
+from utils.pruning.harness import _all_equal
 from utils.sparsity import attach
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +146,81 @@ def test_chooses_on_the_gpu_what_the_cpu_does(section: Pruning, dtype: torch.dty
     scores = {name: (score * steps).floor() if steps else score for name, score in scores.items()}
     there = choose({name: score.cuda() for name, score in scores.items()}, masks, 0.2, section, seed=0)
     assert there == choose(scores, masks, 0.2, section, seed=0)
+
+
+@pytest.mark.parametrize("section", CHOICES, ids=str)
+def test_chosen_masks_stay_on_the_gpu(section: Pruning, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one pool and no floors they never go there from the CPU."""
+    generator, gpu = torch.Generator().manual_seed(3), torch.device("cuda", torch.cuda.current_device())
+    scores = {name: torch.rand(shape, generator=generator).to(gpu) for name, shape in SHAPES.items()}
+    copies = count_copies(monkeypatch)
+    masks = Masks({name: torch.ones(shape, dtype=torch.bool) for name, shape in SHAPES.items()})
+    for density in (0.7, 0.5, 0.2):
+        masks = choose(scores, masks, density, section, seed=0)
+        there = masks.on(gpu)
+        assert masks.on(gpu) is there
+        for name, mask in masks.items():
+            assert mask.device.type == "cpu"
+            assert there[name].device == gpu
+            assert torch.equal(there[name].cpu(), mask)
+            assert there[name].shape == mask.shape == SHAPES[name]
+    if section == Pruning():
+        assert ("cpu", "cuda") not in copies
+
+
+def test_synflow_sends_no_masks_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = count_copies(monkeypatch)
+    prune(network(), density=0.1, criterion="synflow", rounds=5, input_shape=(3, 32, 32))
+    assert copies.count(("cuda", "cpu")) == 5
+    assert ("cpu", "cuda") not in copies
+
+
+def count_copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """From where to where masks are copied together from now on."""
+    copies: list[tuple[str, str]] = []
+    copied = masks_module.copied
+
+    def counted(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        copies.append((next(iter(tensors.values())).device.type, device.type))
+        return copied(tensors, device)
+
+    for module in (masks_module, select):
+        monkeypatch.setattr(module, "copied", counted)
+    return copies
+
+
+def test_masks_of_gpu_tensors_are_copies() -> None:
+    tensors = {name: mask.cuda() for name, mask in random_masks(network()).items()}
+    before = {name: tensor.cpu() for name, tensor in tensors.items()}
+    masks = Masks(tensors)
+    gpu = next(iter(tensors.values())).device
+    for tensor in tensors.values():
+        tensor.logical_not_()
+    assert all(torch.equal(masks[name], mask) and torch.equal(masks.on(gpu)[name].cpu(), mask)
+               for name, mask in before.items())  # fmt: skip
+    assert masks == Masks(before)
+    assert masks.digest == Masks(before).digest
+    again = pickle.loads(pickle.dumps(masks))
+    assert again == masks == copy.deepcopy(masks)
+    assert again._there == {}
+    first, *others = before
+    mixed = Masks({first: before[first].cuda(), **{name: before[name] for name in others}})
+    assert mixed == masks
+    model = network()
+    masks.apply_(model)
+    pruned = dict(model.named_parameters())
+    assert all(pruned[name].detach().cpu()[~mask].eq(0).all() for name, mask in before.items())
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_equal_live_scores_are_seen_on_the_gpu(density: float) -> None:
+    masks = random_masks(network(), density)
+    scores = {name: torch.where(mask, -0.0, 1.0).double().cuda() for name, mask in masks.items()}
+    scores[next(iter(scores))].abs_()
+    assert _all_equal(scores, masks)
+    last = list(scores)[-1]
+    scores[last].view(-1)[masks[last].view(-1).nonzero()[0].cuda()] = 1e-300
+    assert not _all_equal(scores, masks)
 
 
 def digits(tmp_path: Path, *more: str, config: str = "configs/quickstart.yaml") -> list[str]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import pickle
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from utils.masks import Masks, bare, prunable_parameters
+from utils import masks as module
+from utils.masks import Masks, bare, copied, prunable_parameters
 from utils.system.errors import UserError
 
 
@@ -148,3 +153,74 @@ def test_damaged_and_foreign_mask_files_are_named(tmp_path) -> None:
         Masks.load(path)
     with pytest.raises(UserError, match="no such file"):
         Masks.load(tmp_path / "absent.safetensors")
+
+
+def test_copied_tensors_are_equal_contiguous_and_of_one_memory_of_their_own() -> None:
+    bits = torch.rand(4, 3, 2, 2) < 0.5
+    tensors = {
+        "strided": bits.contiguous(memory_format=torch.channels_last), "scalar": torch.tensor(True),
+        "empty": torch.zeros(0, 3, dtype=torch.bool), "expanded": torch.tensor(True).expand(2, 5),
+    }  # fmt: skip
+    for given_ in (tensors, {"alone": bits}, {}):
+        before = {name: tensor.clone() for name, tensor in given_.items()}
+        found = copied(given_, torch.device("cpu"))
+        assert list(found) == list(given_)
+        assert all(tensor.is_contiguous() for tensor in found.values())
+        assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+        assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) <= 1
+        for tensor in found.values():
+            tensor.logical_not_()
+        assert all(torch.equal(given_[name], tensor) for name, tensor in before.items())
+
+
+def count_copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """From where to where tensors are copied together from now on."""
+    copies: list[tuple[str, str]] = []
+
+    def counted(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        copies.append((next(iter(tensors.values())).device.type, device.type))
+        return copied(tensors, device)
+
+    monkeypatch.setattr(module, "copied", counted)
+    return copies
+
+
+def test_on_the_cpu_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, masks = count_copies(monkeypatch), random_masks(Small())
+    there = masks.on(torch.device("cpu"))
+    assert all(there[name] is tensor for name, tensor in masks.items())
+    assert copies == []
+
+
+def test_masks_are_sent_to_a_gpu_once_and_those_from_there_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values stand for those of a GPU."""
+    copies = count_copies(monkeypatch)
+    gpu = torch.device("cuda:0")
+    with FakeTensorMode():
+        masks = Masks({"a": torch.ones(2, 3, dtype=torch.bool), "b": torch.ones(5, dtype=torch.bool)})
+        assert copies == []
+        there = masks.on(gpu)
+        assert masks.on(gpu) is there
+        assert copies == [("cpu", "cuda")]
+        copies.clear()
+        again = Masks(there)
+        assert copies == [("cuda", "cuda"), ("cuda", "cpu")]
+        assert all(again.on(gpu)[name] is not tensor for name, tensor in there.items())
+        assert len(copies) == 2
+        for held, device in ((again, "cpu"), (again.on(gpu), "cuda"), (there, "cuda")):
+            assert {name: tuple(t.shape) for name, t in held.items()} == {"a": (2, 3), "b": (5,)}
+            assert {tensor.device.type for tensor in held.values()} == {device}
+        mixed = Masks({"a": there["a"], "b": masks["b"]})
+        assert {tensor.device.type for tensor in mixed.values()} == {"cpu"}
+        assert len(copies) == 2
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, lambda masks: pickle.loads(pickle.dumps(masks))])
+def test_copies_and_pickles_leave_the_gpu_s_tensors_behind(make: Callable[[Masks], Masks]) -> None:
+    masks = random_masks(Small())
+    masks._there[torch.device("cuda:0")] = {"big": torch.zeros(10_000, dtype=torch.bool)}
+    made = make(masks)
+    assert made == masks
+    assert made.digest == masks.digest
+    assert made._there == {}
+    assert len(pickle.dumps(masks)) < masks.total + 3000

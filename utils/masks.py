@@ -58,20 +58,42 @@ def prunable_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> dict[s
 
 
 class Masks(Mapping[str, torch.Tensor]):
-    """Bool CPU tensors by parameter name: True keeps a weight. Immutable; treat the tensors as read-only."""
+    """Bool CPU tensors by parameter name: True keeps a weight. Immutable; treat the tensors as read-only.
+
+    `on` gives them on a GPU. They stay there as long as this object does, 1 byte a weight: from the first call, or from
+    the start where they were made of tensors on that GPU.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies `tensors`. Raises ValueError for a tensor that is not bool."""
+        """Copies `tensors`, at once if one GPU holds them all. Raises ValueError for a tensor that is not bool."""
         for name, tensor in tensors.items():
             if tensor.dtype != torch.bool:
                 raise ValueError(f"mask of {name!r} is {tensor.dtype}, not bool")
-        self._tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+        self._there: dict[torch.device, dict[str, torch.Tensor]] = {}
+        devices = {tensor.device for tensor in tensors.values()}
+        if len(devices) == 1 and (device := devices.pop()).type != "cpu":
+            self._there[device] = copied(tensors, device)
+            self._tensors = copied(self._there[device], torch.device("cpu"))
+        else:
+            self._tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
 
     @staticmethod
     def dense(model: nn.Module, exclude: Sequence[str] = ()) -> Masks:
         """Masks that keep every prunable weight of `model`."""
         found = prunable_parameters(model, exclude)
         return Masks({name: torch.ones(p.shape, dtype=torch.bool) for name, p in found.items()})
+
+    def on(self, device: torch.device) -> Mapping[str, torch.Tensor]:
+        """The tensors on `device`, as tensors name theirs; to be read only, too. Copied to a GPU once, all in one."""
+        if device.type == "cpu":
+            return self
+        if device not in self._there:
+            self._there[device] = copied(self._tensors, device)
+        return self._there[device]
+
+    def __reduce__(self) -> tuple[type[Masks], tuple[dict[str, torch.Tensor]]]:
+        """Copies and pickles hold nothing on a GPU."""
+        return Masks, (self._tensors,)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -151,9 +173,9 @@ class Masks(Mapping[str, torch.Tensor]):
     def apply_(self, model: nn.Module) -> None:
         """Fill pruned weights of `model` with 0.0 in place (a product would keep NaN and make -0.0)."""
         parameters = dict(bare(model).named_parameters())
-        for name, tensor in self.items():
+        for name in self:
             weights = parameters[name].detach()
-            for part, live in pieces(weights, tensor.to(weights.device)):
+            for part, live in pieces(weights, self.on(weights.device)[name]):
                 part.copy_(filled(part, live))
 
     def save(self, path: str | Path, **metadata: str) -> None:
@@ -179,6 +201,23 @@ class Masks(Mapping[str, torch.Tensor]):
         if metadata.get("digest", None if ours else masks.digest) != masks.digest:
             raise UserError(f"{path}: its digest does not match its bits; the file is damaged, make it anew")
         return _in_model_order(masks, model) if model is not None else masks
+
+
+def copied(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Contiguous copies on `device` of `tensors`, which are on one device and of one dtype, as views of one tensor.
+
+    Between a GPU and the CPU one copy of all takes far less time than one for each.
+    """
+    if not tensors:
+        return {}
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
+    if flat.device.type == "cuda" and device.type == "cpu":
+        # Into page-locked memory the GPU writes by itself; torch keeps what was freed of it for the next round's.
+        moved = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat)
+    else:
+        moved = flat.to(device)
+    parts = moved.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
 
 def filled(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -44,8 +44,36 @@ def pools(draw: st.DrawFn) -> Pool:
     return Pool(tuple(layers), draw(st.integers(0, sum(layer.alive for layer in layers))))
 
 
-def as_tensors(pool: Pool) -> Pool:
-    return replace(pool, layers=tuple(replace(one, values=torch.from_numpy(one.scores)) for one in pool.layers))
+def as_tensors(pool: Pool, there: bool = False) -> Pool:
+    """there: with the live masks, too."""
+    return replace(pool, layers=tuple(
+        replace(one, values=torch.from_numpy(one.scores), there=torch.from_numpy(one.live.copy()) if there else None)
+        for one in pool.layers
+    ))  # fmt: skip
+
+
+def hashes(key: int, count: int) -> np.ndarray:
+    """The tie order from its description: the top 53 bits of two rounds of SplitMix64."""
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    places = np.arange(count, dtype=np.uint64) * golden + np.uint64(key)
+    return (mix(mix(places) + golden)) >> np.uint64(11)
+
+
+def from_a_sort(layers: tuple[Layer, ...], keep: int) -> dict[str, np.ndarray]:
+    """The masks of one sort of all layers in numpy, by (score, hash); layers and indices are in order already."""
+    live = np.concatenate([layer.live for layer in layers])
+    scores = np.concatenate([layer.scores for layer in layers])
+    order = np.concatenate([hashes(layer.key, layer.size) for layer in layers])
+    mask = np.zeros(len(live), dtype=bool)
+    mask[np.lexsort((order, -scores, ~live))[:keep]] = True
+    parts = np.split(mask, np.cumsum([layer.size for layer in layers])[:-1])
+    return {layer.name: part for layer, part in zip(layers, parts, strict=True)}
 
 
 @given(pools(), st.sampled_from([6.0, 0.5, 0.0]))
@@ -58,6 +86,30 @@ def test_keeps_the_best_and_the_same_of_equals(small: pytest.MonkeyPatch, pool: 
     live = [score for layer in pool.layers for score in layer.scores[layer.live].tolist()]
     assert sorted(kept) == sorted(live)[len(live) - pool.keep :]
     assert all(torch.equal(there[name], mask) for name, mask in here.items())
+
+
+@given(pools(), st.booleans(), st.integers(0, 3))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_live_masks_on_the_device_give_the_masks_of_a_sort(
+    small: pytest.MonkeyPatch, pool: Pool, there: bool, floor: int
+) -> None:
+    given_ = as_tensors(pool, there)
+    before = [None if layer.there is None else layer.there.clone() for layer in given_.layers]
+    chosen, expected = top(given_), from_a_sort(pool.layers, pool.keep)
+    for layer in pool.layers:
+        assert np.array_equal(chosen[layer.name].numpy(), expected[layer.name])
+    floors = [min(floor, layer.alive) for layer in pool.layers]
+    if len(floors) > 1 and sum(floors) <= pool.keep:
+        floored = replace(given_, layers=tuple(map(lambda a, b: replace(a, floor=b), given_.layers, floors)))
+        firsts = {}
+        for layer, own in zip(pool.layers, floors, strict=True):
+            firsts.update(from_a_sort((layer,), own))
+        others = tuple(replace(layer, live=layer.live & ~firsts[layer.name]) for layer in pool.layers)
+        rest = from_a_sort(others, pool.keep - sum(floors))
+        for name, mask in top(floored).items():
+            assert np.array_equal(mask.numpy(), firsts[name] | rest[name])
+    for layer, old in zip(given_.layers, before, strict=True):
+        assert old is None or (layer.there is not None and torch.equal(layer.there, old))
 
 
 @pytest.mark.parametrize("way", ["sampled", "sorted"])
@@ -97,10 +149,14 @@ def test_a_million_scores(dtype: torch.dtype, steps: int) -> None:
     Pruning(), Pruning(min_kept=5), Pruning(allocation="erk"), Pruning(normalize="lamp"), Pruning(pattern="block=1x4"),
     Pruning(pattern="2:4"), Pruning(pattern="channel"), Pruning(layer_densities=("fc=0.9",)),
 ], ids=str)  # fmt: skip
-def test_every_allocation_and_pattern_chooses_the_same(section: Pruning, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("alive", [1.0, 0.95])
+def test_every_allocation_and_pattern_chooses_the_same(
+    section: Pruning, alive: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(1)
     shapes = {name: shape for name, shape in SHAPES.items() if section.pattern != "2:4" or name != "stem"}
-    masks = Masks({name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
+    share = 1.0 if section.pattern == "2:4" else alive  # what lives must fill every group
+    masks = Masks({name: torch.rand(shape, generator=generator) < share for name, shape in shapes.items()})
     scores = {name: torch.randint(0, 9, shape, generator=generator).float() for name, shape in shapes.items()}
     here = choose(scores, masks, 0.5, section, seed=0)
     monkeypatch.setattr(select, "_flat", lambda scores: scores)

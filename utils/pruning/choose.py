@@ -154,7 +154,7 @@ def _layers(scores: Scores, masks: Masks, section: Pruning, counts: Counts, seed
     return [
         replace(
             layer,
-            floor=0 if layer.name in goals else min(section.min_kept, layer.alive),
+            floor=0 if layer.name in goals else min(section.min_kept, masks.counts[layer.name]),
             ratio=ratios.get(layer.name, 0),
         )
         for layer in layers_of(scores, masks, seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from utils.data.stateless import derive
@@ -261,18 +261,29 @@ def _all_equal(scores: Scores, masks: Masks) -> bool:
     """Whether all live weights, two at least, have the same score."""
     if masks.kept < 2:
         return False
-    value: float | None = None
-    for name, mask in masks.items():
-        live = scores[name].detach()
-        if masks.counts[name] < mask.numel():
-            live = live[mask.to(live.device)]
-        if not live.numel():
-            continue
-        low, high = (float(bound) for bound in torch.aminmax(live))
-        if low != high or value not in (None, low):
-            return False
-        value = low
-    return True
+    bounds: list[Tensor] = []
+    for name in masks:
+        if masks.counts[name]:
+            bounds.append(_bounds(scores[name].detach(), masks, name))
+            # The first layer tells almost always; if not, a GPU is waited for once more, when all layers are read.
+            if len(bounds) == 1 and not _agree(bounds):
+                return False
+    return _agree(bounds)
+
+
+def _bounds(score: Tensor, masks: Masks, name: str) -> Tensor:
+    """The lowest and the highest score of the layer's live weights, in float64 (exact) [2]."""
+    if masks.counts[name] == score.numel():
+        found = torch.aminmax(score)
+        return torch.stack([found.min, found.max]).double()
+    live = masks.on(score.device)[name]  # not score[live]: to know its size a GPU is waited for
+    low = torch.where(live, score, math.inf).amin()
+    return torch.stack([low, torch.where(live, score, -math.inf).amax()]).double()
+
+
+def _agree(bounds: Sequence[Tensor]) -> bool:
+    whole = torch.stack(list(bounds))
+    return bool(whole[:, 0].amin() == whole[:, 1].amax())
 
 
 def _restrict(path: Path, model: nn.Module, dense: Masks) -> Masks:

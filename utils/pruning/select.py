@@ -24,10 +24,13 @@ import numpy as np
 import torch
 
 from utils.data.stateless import derive, uniform
+from utils.masks import Masks, copied
 from utils.pruning.kth import kth
 from utils.pruning.select_on_device import best
 
-Tied = tuple[np.ndarray, np.ndarray, np.ndarray]
+Flat = np.ndarray | torch.Tensor
+"""A mask of a layer, bool [size], where its scores are."""
+Tied = tuple[Flat, np.ndarray, np.ndarray]
 """A layer's mask, flat indices of weights that tie with the threshold, their priorities."""
 _CHUNK = 1 << 18
 _BINS = 1 << 12
@@ -39,7 +42,7 @@ class Layer:
 
     values: scores, float32 or float64 [size]; a tensor is selected from on its device; live: bool [size], the weights
     that may be kept; key: starts the tie order; floor: weights that must be kept, at most as many as live; ratio: kept
-    weights in the file of `pruning.from_mask`.
+    weights in the file of `pruning.from_mask`; there: `live` on the device of a tensor of scores, if it is there.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Layer:
     key: int = 0
     floor: int = 0
     ratio: int = 0
+    there: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -86,16 +90,15 @@ def layers_of(scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tens
     """
     wide = any(scores[name].dtype == torch.float64 for name in masks)
     dtype = torch.float64 if wide else torch.float32
-    return [
-        Layer(
-            name,
-            tuple(mask.shape),
-            _flat(scores[name].detach().to(dtype).reshape(-1)),
-            mask.reshape(-1).numpy(),
-            derive("ties", seed, name),
-        )
-        for name, mask in masks.items()
-    ]
+    found = []
+    for name, mask in masks.items():
+        values = _flat(scores[name].detach().to(dtype).reshape(-1))
+        there = None
+        if isinstance(values, torch.Tensor) and isinstance(masks, Masks) and masks.kept < masks.total:
+            there = masks.on(values.device)[name].reshape(-1)
+        key = derive("ties", seed, name)
+        found.append(Layer(name, tuple(mask.shape), values, mask.reshape(-1).numpy(), key, there=there))
+    return found
 
 
 def _flat(scores: torch.Tensor) -> np.ndarray | torch.Tensor:
@@ -105,6 +108,7 @@ def _flat(scores: torch.Tensor) -> np.ndarray | torch.Tensor:
 def top(pool: Pool) -> dict[str, torch.Tensor]:
     """Bool masks, by name in the parameters' shapes, that keep exactly the `pool.keep` best live weights.
 
+    They are on the device of the scores; not to be written to, for they may be the masks that the layers came with.
     Raises ValueError when the pool has fewer live weights than that, or more in its floors, and for NaN.
     """
     alive, floors = sum(layer.alive for layer in pool.layers), sum(layer.floor for layer in pool.layers)
@@ -113,37 +117,58 @@ def top(pool: Pool) -> dict[str, torch.Tensor]:
     if floors and len(pool.layers) > 1 and pool.keep < alive:
         return _top_above_floors(pool, pool.keep - floors)
     if pool.keep == alive:
-        chosen = [layer.live for layer in pool.layers]
+        chosen = _lives(pool.layers)
     elif pool.keep == 0:
-        chosen = [np.zeros(layer.size, dtype=bool) for layer in pool.layers]
+        chosen = [live & False for live in _lives(pool.layers)]
     else:
         chosen = _best(pool, alive)
     masks = zip(pool.layers, chosen, strict=True)
-    return {layer.name: torch.from_numpy(mask.reshape(layer.shape)) for layer, mask in masks}
+    return {layer.name: torch.as_tensor(mask).reshape(layer.shape) for layer, mask in masks}
+
+
+def _lives(layers: Sequence[Layer]) -> list[Flat]:
+    """Which weights live, where the scores are; those that are not there yet are sent there in one copy."""
+    if not _on_device(layers):
+        return [layer.live for layer in layers]
+    there = [layer.there for layer in layers if layer.there is not None]
+    if len(there) < len(layers):
+        lives = {layer.name: torch.from_numpy(layer.live) for layer in layers}
+        there = list(copied(lives, torch.as_tensor(layers[0].values).device).values())
+    return [*there]
+
+
+def _on_device(layers: Sequence[Layer]) -> bool:
+    return all(isinstance(layer.values, torch.Tensor) for layer in layers)
 
 
 def _top_above_floors(pool: Pool, left: int) -> dict[str, torch.Tensor]:
     """Each layer's `floor` best weights, and the `left` best of all others."""
     first = {layer.name: top(Pool((replace(layer, floor=0),), layer.floor))[layer.name] for layer in pool.layers}
-    others = tuple(
-        replace(layer, live=layer.live & ~first[layer.name].numpy().reshape(-1), floor=0) for layer in pool.layers
-    )
+    others = tuple(_without(layer, first[layer.name].reshape(-1)) for layer in pool.layers)
     return {name: mask | first[name] for name, mask in top(Pool(others, left)).items()}
 
 
-def _best(pool: Pool, alive: int) -> list[np.ndarray]:
+def _without(layer: Layer, taken: torch.Tensor) -> Layer:
+    """`layer` without a floor, of whose live weights those `taken` do not compete any more."""
+    there = None if layer.there is None else layer.there & ~taken
+    return replace(layer, live=layer.live & ~taken.cpu().numpy(), there=there, floor=0)
+
+
+def _best(pool: Pool, alive: int) -> list[Flat]:
     """Masks of the `pool.keep` best of the `alive` live weights; some stay and some go."""
-    lives = [None if layer.alive == layer.size else layer.live for layer in pool.layers]
-    values = [layer.values for layer in pool.layers if isinstance(layer.values, torch.Tensor)]
-    if len(values) == len(pool.layers):
-        chosen, ties = best(values, lives, alive, pool.keep)
-        _drop_ties(pool.keep, chosen, functools.partial(_tied_at, pool.layers, chosen, ties))
-        return chosen
-    parts = [(layer.scores, live) for layer, live in zip(pool.layers, lives, strict=True) if layer.alive]
+    if _on_device(pool.layers):
+        values = [torch.as_tensor(layer.values) for layer in pool.layers]
+        full = alive == sum(layer.size for layer in pool.layers)
+        lives = None if full else [torch.as_tensor(live) for live in _lives(pool.layers)]
+        there, ties, excess = best(values, lives, alive, pool.keep)
+        _drop_ties(excess, functools.partial(_tied_at, pool.layers, there, ties))
+        return [*there]
+    parts = [(layer.scores, None if layer.alive == layer.size else layer.live) for layer in pool.layers if layer.alive]
     threshold = kth(parts, alive, alive - pool.keep)
     chosen = [_at_least(layer, threshold) for layer in pool.layers]
-    _drop_ties(pool.keep, chosen, functools.partial(_tied, pool, chosen, threshold))
-    return chosen
+    excess = sum(int(np.count_nonzero(mask)) for mask in chosen) - pool.keep
+    _drop_ties(excess, functools.partial(_tied, pool, chosen, threshold))
+    return [*chosen]
 
 
 def _at_least(layer: Layer, threshold: np.floating) -> np.ndarray:
@@ -151,13 +176,12 @@ def _at_least(layer: Layer, threshold: np.floating) -> np.ndarray:
     return mask if layer.alive == layer.size else np.logical_and(mask, layer.live, out=mask)
 
 
-def _drop_ties(keep: int, chosen: list[np.ndarray], tied: Callable[[], Iterable[Tied]]) -> None:
-    """Clear as many of the weights that `tied` tells as `chosen` has more than `keep`, in place.
+def _drop_ties(excess: int, tied: Callable[[], Iterable[Tied]]) -> None:
+    """Clear `excess` of the weights that `tied` tells, in place.
 
     Ties may be all weights there are, so their priorities are never held together: they are counted in bins, and only
     those of the bin with the cut are looked at one by one.
     """
-    excess = sum(int(np.count_nonzero(mask)) for mask in chosen) - keep
     if not excess:
         return
     counts = np.zeros(_BINS, dtype=np.int64)
@@ -187,7 +211,7 @@ def _tied(pool: Pool, chosen: list[np.ndarray], threshold: np.floating) -> Itera
                 yield mask, index, priority(layer.key, index)
 
 
-def _tied_at(layers: Sequence[Layer], chosen: list[np.ndarray], ties: list[np.ndarray]) -> Iterator[Tied]:
+def _tied_at(layers: Sequence[Layer], chosen: Sequence[Flat], ties: list[np.ndarray]) -> Iterator[Tied]:
     """The weights at the indices `ties` of each layer."""
     for layer, mask, index in zip(layers, chosen, ties, strict=True):
         for start in range(0, len(index), _CHUNK):

@@ -1,8 +1,8 @@
 """Exact selection where the scores lie: on a GPU, from which to copy them takes longer than to select there.
 
 What `utils.pruning.kth` does, in torch's operations on all layers end to end: a sample brackets the threshold, one pass
-counts what is below, what is inside is sorted. Only masks and the places of ties come to the CPU, and every value read
-back makes the host wait, so few are. (`torch.kthvalue` works with one block of threads, `torch.sort` orders all.)
+counts what is below, what is inside is sorted. Only the places of ties come to the CPU, and every value read back makes
+the host wait, so few are. (`torch.kthvalue` works with one block of threads, `torch.sort` orders all.)
 """
 
 from __future__ import annotations
@@ -15,53 +15,45 @@ from torch import Tensor
 
 from utils.pruning.kth import SAMPLE, bracket_ranks, nan_error, sample_places
 
-Lives = Sequence[np.ndarray | None]
-"""Per layer which of its scores count, bool [size]; None for all."""
 
+def best(
+    values: Sequence[Tensor], lives: Sequence[Tensor] | None, count: int, keep: int
+) -> tuple[list[Tensor], list[np.ndarray], int]:
+    """Bool masks per layer of what scores no less than the `keep`-th highest of the `count` scores that count, the flat
+    indices of those that score just that, and how many of them are too many; no indices where none are.
 
-def best(values: Sequence[Tensor], lives: Lives, count: int, keep: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Bool masks per layer of what scores no less than the `keep`-th highest of the `count` scores that count, and the
-    flat indices of those that score just that; no indices where the masks keep no more than `keep`.
-
-    values: flat scores per layer, on one device and of one dtype. 0 < keep < count. Raises ValueError for NaN.
+    values: flat scores per layer, on one device and of one dtype; lives: which of them count, there too, bool per
+    layer; None for all. The masks are there as well. 0 < keep < count. Raises ValueError for NaN.
     """
-    scores, live = torch.cat(list(values)), _together(values, lives)
-    highest = _kth(scores, live, _sample(values, lives, scores), count, count - keep)
+    scores, live = torch.cat(list(values)), None if lives is None else torch.cat(list(lives))
+    highest = _kth(scores, live, _sample(values, scores, live), count, count - keep)
     chosen = scores >= highest
     if live is not None:
         chosen &= live
     ties = chosen.new_empty(0, dtype=torch.int64)
-    if int(chosen.count_nonzero()) > keep:
+    if excess := int(chosen.count_nonzero()) - keep:
         ties = (chosen & (scores == highest)).nonzero().flatten()
     sizes = [len(one) for one in values]
-    masks = [mask.numpy() for mask in chosen.cpu().split(sizes)]
     begins = np.cumsum([0, *sizes])
     index = ties.cpu().numpy()
     cuts = np.searchsorted(index, begins)
-    return masks, [index[cuts[i] : cuts[i + 1]] - begins[i] for i in range(len(sizes))]
+    return list(chosen.split(sizes)), [index[cuts[i] : cuts[i + 1]] - begins[i] for i in range(len(sizes))], excess
 
 
 def threshold(values: Sequence[Tensor], rank: int) -> Tensor:
     """The score of `rank` (0 is the lowest) among all, without dimensions. Raises ValueError for NaN."""
     scores = torch.cat(list(values))
-    return _kth(scores, None, _sample(values, [None] * len(values), scores), len(scores), rank)
+    return _kth(scores, None, _sample(values, scores, None), len(scores), rank)
 
 
-def _together(values: Sequence[Tensor], lives: Lives) -> Tensor | None:
-    """Which of all scores count, on their device; None where all do."""
-    if all(live is None for live in lives):
-        return None
-    whole = [np.ones(len(one), dtype=bool) if live is None else live for one, live in zip(values, lives, strict=True)]
-    return torch.from_numpy(np.concatenate(whole)).to(values[0].device)
-
-
-def _sample(values: Sequence[Tensor], lives: Lives, scores: Tensor) -> Tensor:
+def _sample(values: Sequence[Tensor], scores: Tensor, live: Tensor | None) -> Tensor:
     """Some of the scores that count, sorted."""
-    begin, places = 0, []
-    for one, place in zip(values, sample_places([len(one) for one in values], lives), strict=True):
-        places.append(place + begin)
+    begin, found = 0, []
+    for one, place in zip(values, sample_places([len(one) for one in values], [None] * len(values)), strict=True):
+        found.append(place + begin)
         begin += len(one)
-    return scores[torch.from_numpy(np.concatenate(places)).to(scores.device)].sort().values
+    places = torch.from_numpy(np.concatenate(found)).to(scores.device)
+    return scores[places if live is None else places[live[places]]].sort().values
 
 
 def _kth(scores: Tensor, live: Tensor | None, sample: Tensor, count: int, rank: int) -> Tensor:

@@ -38,12 +38,12 @@ def inside(model: nn.Module, masks: Masks) -> Iterator[None]:
     try:
         for name, weight in weights(model, masks).items():
             if masks.counts[name] < weight.numel():
-                aside[name] = _take(weight.detach(), ~masks[name].to(weight.device))
+                aside[name] = _take(weight.detach(), ~masks.on(weight.device)[name])
         yield
     finally:
         for name, weight in weights(model, masks).items():
             if name in aside:
-                weight.detach().masked_scatter_(~masks[name].to(weight.device), aside.pop(name))
+                weight.detach().masked_scatter_(~masks.on(weight.device)[name], aside.pop(name))
 
 
 def _take(weight: Tensor, pruned: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Sums:
         self._places: dict[str, Tensor] = {}
         if only is not None:
             pruned = [name for name, weight in found.items() if only.counts[name] < weight.numel()]
-            self._places = {name: only[name].to(found[name].device) for name in pruned}
+            self._places = {name: only.on(found[name].device)[name] for name in pruned}
         # Flat or contiguous whatever the weight's strides: collectives need the same dense layout on every rank.
         self._sums = {n: torch.zeros(self._shape(n), dtype=torch.float64, device=w.device) for n, w in found.items()}
         self._samples = 0
@@ -235,7 +235,7 @@ def gradient_products(
             del value
         vectors = sums.means()
         if live:
-            vectors = {name: filled(vector, masks[name].to(vector.device)) for name, vector in vectors.items()}
+            vectors = {name: filled(vector, masks.on(vector.device)[name]) for name, vector in vectors.items()}
         return hessian_products(model, masks, itertools.islice(shared, max(0, last)), loss, vectors, kept)
 
 

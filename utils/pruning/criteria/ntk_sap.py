@@ -81,7 +81,7 @@ def networks(
     plain: dict[str, Tensor] = {}
     perturbed: dict[str, Tensor] = {}
     for name, weight in weights(model, masks).items():
-        mask = masks[name].to(weight.device)
+        mask = masks.on(weight.device)[name]
         theta = normal(key, f"weight {name}", tuple(weight.shape), weight)
         theta = theta.mul_(weight.std(correction=0)).add_(weight.mean())
         noise = normal(key, f"noise {name}", tuple(weight.shape), weight)

@@ -73,7 +73,7 @@ def _start(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     start: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name in masks:
-            pruned = masks[name].logical_not().to(parameter.device)
+            pruned = ~masks.on(parameter.device)[name]
             start[name] = parameter.detach().masked_fill(pruned, 0.0).requires_grad_()
         elif parameter.requires_grad:
             start[name] = parameter.detach().clone().requires_grad_()
@@ -94,7 +94,7 @@ def _train(
     """theta_K, with the graph back to `start`."""
     theta = dict(start)
     velocity: dict[str, Tensor] = {}
-    kept = {name: masks[name].to(start[name].device) for name in masks if masks.counts[name] < masks[name].numel()}
+    kept = {name: masks.on(start[name].device)[name] for name in masks if masks.counts[name] < masks[name].numel()}
     for step in range(steps):
         value = _loss(model, loss, theta, data[step % len(data)])
         grads = torch.autograd.grad(value, list(theta.values()), create_graph=not first_order, allow_unused=True)

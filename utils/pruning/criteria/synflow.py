@@ -88,6 +88,6 @@ def _positive(name: str, parameter: Tensor, masks: Masks) -> Tensor:
     if name not in masks or masks.counts[name] == parameter.numel():
         return parameter.abs().double()  # exact in any precision, so the narrow one is the cheaper
     value = torch.empty_like(parameter, dtype=torch.float64)
-    for positive, weight, kept in pieces(value, parameter, masks[name].to(parameter.device)):
+    for positive, weight, kept in pieces(value, parameter, masks.on(parameter.device)[name]):
         positive.copy_(filled(weight.abs(), kept))
     return value
