@@ -23,9 +23,9 @@ NO_NORM = ("--model.name=timm/test_convnext", "--data.image_size=32", "--trainin
 
 def test_torchrun_starts_killed_workers_again(tmp_path: Path, whole: dict[str, Any]) -> None:
     job = Job(tmp_path / "runs", 2, launcher=("--standalone", "--max-restarts=3"))
-    for victim, text in ((1, " 2/4"), (0, "level 1: density")):
+    for number, victim, text in ((0, 1, " 2/4"), (1, 0, "level 1: density")):
         job.wait_for(lambda output, text=text: text in output.rpartition("resumed")[2])
-        time.sleep(1.0)
+        job.wait_for(lambda _, number=number: job.run.level(number).checkpoint.exists())
         os.kill(job.workers()[victim], signal.SIGKILL)
     assert job.finish().count("resumed level") == 2
     assert jobs.differences(jobs.everything(job.run), whole) == []
