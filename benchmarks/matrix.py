@@ -4,7 +4,7 @@ every way there is. It tells which of them the trainer should take on a GPU at h
 Cells are network x layout x mode. In each the arms run in turn on one batch that lies on the device, with equal zeros
 and learning rate 0: the dense step; `weight * mask` in the forward pass; torch's foreach SGD with masks in passes of
 their own; the harness's own way; on a GPU also SGD and masks as one loop that torch.compile fuses. A CUDA graph holds
-the whole step. Channels-last cells come first; those that --limit leaves no time for are named at the end.
+the whole step. Channels-last cells come first; those without time (--limit) or memory are named at the end.
 
 Gates in every cell: pruned weights and momenta are 0.0 in all arms that say so, and the momenta of kept weights agree;
 the trajectories of foreach and compiled ways in float32.
@@ -39,7 +39,7 @@ from benchmarks.matrix_arms import (
     foreach,
     in_turn,
     momentum_apart,
-    step_of,
+    ready,
 )  # fmt: skip
 from benchmarks.measure import Pairs, Report
 from benchmarks.step import Setting, check, leaks
@@ -93,9 +93,8 @@ def compare(report: Report, cell: Cell, steps: int, rounds: int) -> float:
     """The rows of a cell; returns the images per second of the harness's own way."""
     device, work = cell.setting.device, steps * cell.setting.batch
     arms = arms_of(cell.setting, cell.mode)
-    pool = torch.cuda.graph_pool_handle() if cell.mode == GRAPH else None
-    ready = {name: step_of(arm, cell.mode, pool) for name, arm in arms.items()}
-    for step in ready.values():
+    run = ready(arms, cell.mode)
+    for step in run.values():
         step()
     measure.wait(device)
     for name in (FOREACH, SIEVE, COMPILED):
@@ -105,7 +104,7 @@ def compare(report: Report, cell: Cell, steps: int, rounds: int) -> float:
             report.gate(f"{cell.label}, {name}: pruned weights and momenta are 0.0", found == 0, f"{found} are not")
     apart = momentum_apart(arms)
     report.gate(f"{cell.label}: momenta of kept weights agree to {_APART:g}", apart <= _APART, f"apart by {apart:.2g}")
-    costs = in_turn(ready, steps, rounds, device)
+    costs = in_turn(run, steps, rounds, device)
     speed = 0.0
     for name in arms:
         pairs = Pairs(tuple(costs[name]), tuple(costs[DENSE]))
@@ -183,12 +182,15 @@ def main(arguments: list[str]) -> int:
     for cell in cells(settings, given.layouts, modes):
         free(device)
         if time.monotonic() - start > given.limit:
-            left.append(cell.label)
-        else:
+            left.append(f"{given.limit:g} s were over: {cell.label}")
+            continue
+        try:
             speeds[cell] = compare(report, cell, given.steps or (2 if device.type == "cpu" else 6), given.rounds)
+        except torch.OutOfMemoryError:
+            left.append(f"{device.type} has too little memory: {cell.label}")
     tell_fastest(report, speeds, bandwidth)
     for label in left:
-        print(f"not measured, {given.limit:g} s were over: {label}", flush=True)
+        print(f"not measured, {label}", flush=True)
     return report.finish()
 
 

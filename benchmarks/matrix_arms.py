@@ -94,23 +94,34 @@ def arms_of(setting: Setting, mode: str) -> dict[str, Arm]:
     return arms
 
 
-def step_of(arm: Arm, mode: str, pool: Any = None) -> Callable[[], object]:
-    """A step of `arm`, ready to be timed: _WARM_UPS were run. pool: memory that the CUDA graphs of a cell share, for no
-    two of them run at once and none leaves anything in it.
+def ready(arms: dict[str, Arm], mode: str) -> dict[str, Callable[[], object]]:
+    """A step of each arm, ready to be timed: all were warmed up, and in GRAPH mode captured after that.
+
+    The graphs of a cell share their memory: no two of them run at once and none leaves anything in it.
     """
     if mode != GRAPH:
-        for _ in range(_WARM_UPS):
-            arm()
-        return arm
-    side = torch.cuda.Stream(arm.setting.device)
-    here = torch.cuda.current_stream(arm.setting.device)
+        _warm_up(arms)
+        return dict(arms)
+    device = arms[DENSE].setting.device
+    side, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     side.wait_stream(here)
     with torch.cuda.stream(side):  # what is made once, as momenta and cuDNN's choices, must not be captured
+        _warm_up(arms)
+    here.wait_stream(side)
+    pool = torch.cuda.graph_pool_handle()
+    return {name: _captured(arm, pool, side) for name, arm in arms.items()}
+
+
+def _warm_up(arms: dict[str, Arm]) -> None:
+    for arm in arms.values():
         for _ in range(_WARM_UPS):
             arm()
-    here.wait_stream(side)
+
+
+def _captured(arm: Arm, pool: Any, side: torch.cuda.Stream) -> Callable[[], object]:
+    """The whole step as one CUDA graph: forward and backward pass, masks, optimizer."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=side):  # the whole step: forward and backward pass, masks, optimizer
+    with torch.cuda.graph(graph, pool=pool, stream=side):
         arm()
     return graph.replay
 

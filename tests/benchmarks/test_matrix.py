@@ -98,6 +98,23 @@ def test_cells_without_time_are_named(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [line.split(", ")[-2:] for line in told] == [["NHWC", "eager"], ["NCHW", "eager"]]
 
 
+def test_a_cell_that_does_not_fit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = matrix.compare
+
+    def compare(report: Report, cell: matrix.Cell, steps: int, rounds: int) -> float:
+        if cell.setting.channels_last:
+            raise torch.OutOfMemoryError("too large")
+        return whole(report, cell, steps, rounds)
+
+    monkeypatch.setattr(matrix, "compare", compare)
+    assert matrix.main([*SMALL, "--out", str(tmp_path)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not measured, ")]
+    assert told == ["not measured, cpu has too little memory: cifar/resnet20, 32 px, batch 2, bfloat16, NHWC, eager"]
+    assert "NCHW, eager" in (tmp_path / "matrix.csv").read_text(encoding="utf-8")
+
+
 def test_graphs_need_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         matrix.main(["--modes", "graph", "--out", str(tmp_path)])
