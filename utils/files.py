@@ -54,10 +54,11 @@ def write_file(path: Path, stored: Mapping[str, torch.Tensor], metadata: Mapping
         save_file(dict(stored), str(path), dict(metadata))
         path.chmod(mode)  # newer releases write to a temporary of their own that nobody else may read
     except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
+        found = re.search(r"\(os error (\d+)\)|\bOs { code: (\d+)", str(error))  # the latter: before 0.6
+        if found is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        number = int(found[1] or found[2])
+        raise OSError(number, os.strerror(number)) from error
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:

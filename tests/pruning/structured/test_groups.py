@@ -53,8 +53,12 @@ def test_grouped_convolutions_go_by_whole_groups() -> None:
 
 
 def test_attention_goes_by_heads() -> None:
-    found = {group.name: group for group in channels("timm/vit_tiny_patch16_224", 32)[1].groups}
+    model, known = channels("timm/vit_tiny_patch16_224", 32)
+    found = {group.name: group for group in known.groups}
     heads = found["blocks.0.attn.qkv"]
+    if not hasattr(model.blocks[0].attn, "attn_dim"):  # older timm: its forward pass takes the width of its input
+        assert heads.protected is not None
+        return
     assert heads.size == 3
     assert parts(heads)[("blocks.0.attn.proj", "read")] == [head for head in range(3) for _ in range(64)]
     assert parts(heads)[("blocks.0.attn.qkv", "write")] == [head for head in range(3) for _ in range(64)] * 3
