@@ -54,7 +54,7 @@ def write_file(path: Path, stored: Mapping[str, torch.Tensor], metadata: Mapping
         save_file(dict(stored), str(path), dict(metadata))
         path.chmod(mode)  # newer releases write to a temporary of their own that nobody else may read
     except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)|\bOs { code: (\d+)", str(error))  # the latter: before 0.6
+        found = re.search(r"\(os error (\d+)\)|\bOs { code: (\d+)", str(error))  # the latter: safetensors 0.5
         if found is None:
             raise
         number = int(found[1] or found[2])

@@ -23,8 +23,8 @@ from utils.system.rundir import RunDir
 
 @dataclass(frozen=True)
 class Aim:
-    """What a shot waits for: an event of `kind` on a path that matches, any of the first `upto` since the start; then
-    up to `delay` seconds more."""
+    """What a shot waits for: an event of `kind` (or of several, with | between) on a path that matches, any of the first
+    `upto` since the start; then up to `delay` seconds more."""
 
     kind: str
     path: str
@@ -32,21 +32,24 @@ class Aim:
     delay: float
 
 
+_WRITTEN = "moved|modify"
+"""Of tensors: new releases of safetensors write to a `.tmp` file of their own and rename that to ours; 0.5 does not."""
+
 AIMS = {
     "at any time": Aim("", "", 1, 14.0),
     "starting": Aim("", "", 1, 4.0),
     "training": Aim("moved", r"checkpoint\.safetensors", 4, 0.7),
     "pruning": Aim("create", r"level_0[12]/lock\.\d+\.json", 1, 0.6),
     "layers.csv": Aim("create", r"\.layers\.csv\..*", 1, 0.001),
-    "mask": Aim("moved", r"\.mask\.safetensors\..*", 1, 0.001),
+    "mask": Aim(_WRITTEN, r"\.mask\.safetensors\..*", 1, 0.001),
     "epochs.csv begun": Aim("create", r"\.epochs\.csv\..*", 1, 0.001),
-    "tensors begun": Aim("create", r"\.tmp\w{6}", 8, 0.001),  # safetensors writes to a file of its own first
-    "rewind point": Aim("moved", r"\.rewind\.safetensors\..*", 1, 0.002),
-    "checkpoint written": Aim("moved", r"\.checkpoint\.safetensors\..*", 4, 0.012),
+    "tensors begun": Aim("create", r"\.tmp\w{6}|\.\w+\.safetensors\..*", 8, 0.001),
+    "rewind point": Aim(_WRITTEN, r"\.rewind\.safetensors\..*", 1, 0.002),
+    "checkpoint written": Aim(_WRITTEN, r"\.checkpoint\.safetensors\..*", 4, 0.012),
     "checkpoint renamed": Aim("moved", r"checkpoint\.previous\.safetensors", 3, 0.004),
     "epochs.csv row": Aim("modify", r"epochs\.csv", 3, 0.001),
-    "weights": Aim("moved", r"\.weights\.safetensors\..*", 1, 0.002),
-    "average": Aim("moved", r"\.average\.safetensors\..*", 1, 0.002),
+    "weights": Aim(_WRITTEN, r"\.weights\.safetensors\..*", 1, 0.002),
+    "average": Aim(_WRITTEN, r"\.average\.safetensors\..*", 1, 0.002),
     "row.json": Aim("create", r"\.row\.json\..*", 1, 0.001),
     "levels.csv": Aim("create", r"\.levels\.csv\..*", 1, 0.001),
     "status.json": Aim("create", r"\.status\.json\..*", 1, 0.001),
@@ -147,7 +150,7 @@ def _await(shot: Shot, job: Job, watch: Watch, timeout: float) -> list[int] | No
 def _matches(aim: Aim, event: Event) -> bool:
     """Whether the aim's path, a name or the end of a path in the run's folder, is the event's."""
     path = event.path.partition("/")[2] if "/" in aim.path else event.path.rpartition("/")[2]
-    return event.kind == aim.kind and re.fullmatch(aim.path, path) is not None
+    return event.kind in aim.kind.split("|") and re.fullmatch(aim.path, path) is not None
 
 
 def _targets(victim: str, job: Job) -> list[int]:
