@@ -23,7 +23,7 @@ from utils.system.rundir import RunDir
 
 @dataclass(frozen=True)
 class Aim:
-    """What a shot waits for: an event of `kind` (or of several, with | between) on a path that matches, any of the first
+    """What a shot waits for: an event of `kind` (or one of several, | between) on a path that matches, any of the first
     `upto` since the start; then up to `delay` seconds more."""
 
     kind: str
