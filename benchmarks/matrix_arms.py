@@ -21,7 +21,7 @@ _WARM_UPS = 3
 
 def held(setting: Setting) -> Arm:
     """The harness's own: in one pass where it takes that, on a GPU torch's fused SGD, and masks before and after it."""
-    return ours(setting, _KIND, 0.0, one_pass=fits(setting, _KIND))
+    return ours(setting, _KIND, 0.0, one_pass=setting.device.type == "cpu" and fits(setting, _KIND))
 
 
 def foreach(setting: Setting, lr: float = 0.0) -> Arm:
@@ -54,7 +54,7 @@ def compiled_pass(setting: Setting, lr: float = 0.0, compiler: Callable[..., Cal
         state[p]["momentum_buffer"] = momentum
     masks = {id(p): arm.held.live(name) != 0 for name, p in arm.held.parameters.items()}
     live = [masks.get(id(p)) for p in weights]
-    rule = (compiler or torch.compile)(masked_sgd_)
+    rule = (compiler or compiled)(masked_sgd_)
     rate = torch.tensor(lr, device=setting.device)  # not a number, for another one of which all is compiled again
 
     def update() -> None:
@@ -78,6 +78,13 @@ def masked_sgd_(
         p.sub_(rate * moved)
 
 
+def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
+    """`work` by torch.compile, for each size anew: networks that share a forward method, met one after the other, would
+    else be compiled for any size, and Inductor then leaves the layout as it is.
+    """
+    return torch.compile(work, dynamic=False)
+
+
 def arms_of(setting: Setting, mode: str) -> dict[str, Arm]:
     """All ways to mask in one mode, by name; on a CPU without the compiled pass, for the harness has a native one."""
     arms = {
@@ -90,7 +97,7 @@ def arms_of(setting: Setting, mode: str) -> dict[str, Arm]:
         arms[COMPILED] = compiled_pass(setting)
     if mode != EAGER:
         for arm in arms.values():
-            arm.forward = torch.compile(arm.model)
+            arm.forward = compiled(arm.model)
     return arms
 
 
@@ -146,13 +153,18 @@ def _repeat(step: Callable[[], object], count: int, device: torch.device) -> Non
     measure.wait(device)
 
 
+def momentum_norm(arm: Arm) -> float:
+    """Euclidean norm of all momenta."""
+    return sum(float(value.norm()) ** 2 for value in _momenta(arm).values()) ** 0.5
+
+
 def momentum_apart(arms: dict[str, Arm]) -> float:
     """Largest distance, over the arms, of the momenta of kept weights from the dense step's, as a share of their norm.
 
     After as many steps at learning rate 0 they are the same but for the order of sums.
     """
     first = _momenta(arms[DENSE])
-    worst = 0.0
+    shares = []
     _, masks = network(arms[DENSE].setting)
     whole = sum(float(value[_live(masks, name, value)].norm()) ** 2 for name, value in first.items()) ** 0.5
     for arm in arms.values():
@@ -160,8 +172,8 @@ def momentum_apart(arms: dict[str, Arm]) -> float:
         for name, value in _momenta(arm).items():
             live = _live(masks, name, value)
             apart += float((value - first[name])[live].norm()) ** 2
-        worst = max(worst, apart**0.5 / whole)
-    return worst
+        shares.append(apart**0.5 / whole)
+    return float(torch.tensor(shares).max())  # NaN if one is, which Python's max is not
 
 
 def _live(masks: sparsity.Masks, name: str, value: Tensor) -> Tensor:

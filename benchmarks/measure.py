@@ -198,6 +198,12 @@ class Report:
         """Print the table, write the CSV; returns the exit code, 0: targets that are missed are told, not punished."""
         measured = [row for row in self.rows if not row.measurement.startswith("gate: ")]
         print("\n" + table(measured) + f"\nload {_load()}", flush=True)
+        self.save()
+        print(f"written: {self.path}", flush=True)
+        return 0
+
+    def save(self) -> None:
+        """Write what there is so far to the CSV."""
         names = [field.name for field in fields(Row)]
         head = [*names[:7], "hardware", "versions", *names[7:]]
         with atomic.replacing(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
@@ -206,8 +212,6 @@ class Report:
             for row in self.rows:
                 values = ["" if value is None else value for value in (getattr(row, name) for name in names)]
                 writer.writerow([*values[:7], self.hardware, self.versions, *values[7:]])
-        print(f"written: {self.path}", flush=True)
-        return 0
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -218,6 +218,7 @@ def test_masks_are_sent_to_a_gpu_once_and_those_from_there_not_at_all(monkeypatc
 @pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, lambda masks: pickle.loads(pickle.dumps(masks))])
 def test_copies_and_pickles_leave_the_gpu_s_tensors_behind(make: Callable[[Masks], Masks]) -> None:
     masks = random_masks(Small())
+    masks._tensors = copied(masks._tensors, torch.device("cpu"))  # views of one tensor, as those from a GPU are
     masks._there[torch.device("cuda:0")] = {"big": torch.zeros(10_000, dtype=torch.bool)}
     made = make(masks)
     assert made == masks

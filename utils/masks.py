@@ -92,8 +92,8 @@ class Masks(Mapping[str, torch.Tensor]):
         return self._there[device]
 
     def __reduce__(self) -> tuple[type[Masks], tuple[dict[str, torch.Tensor]]]:
-        """Copies and pickles hold nothing on a GPU."""
-        return Masks, (self._tensors,)
+        """Copies and pickles hold nothing on a GPU, and each tensor's own bytes: of a view, all it views is written."""
+        return Masks, ({name: tensor.clone() for name, tensor in self._tensors.items()},)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,45 @@ def test_momenta_agree_and_one_that_is_lost_shows() -> None:
         assert matrix_arms.momentum_apart(spoilt) > matrix._APART
 
 
+@pytest.mark.parametrize("name", [DENSE, SIEVE])
+def test_momenta_that_are_nan_do_not_agree(name: str) -> None:
+    arms = arms_of(SETTING, EAGER)
+    for arm in arms.values():
+        arm()
+    spoilt = arms[name]
+    spoilt.optimizer.state[spoilt.model.get_parameter("fc.bias")]["momentum_buffer"][3] = float("nan")
+    assert not matrix_arms.momentum_apart(arms) <= matrix._APART
+
+
+def test_steps_that_do_nothing_end_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare = matrix.ready
+
+    def idle(arms: dict[str, Arm], mode: str) -> dict[str, object]:
+        return {name: lambda: None for name in prepare(arms, mode)}
+
+    monkeypatch.setattr(matrix, "ready", idle)
+    with pytest.raises(SystemExit) as stopped:
+        matrix.main([*SMALL, "--layouts", "nhwc", "--out", str(tmp_path)])
+    assert stopped.value.code == 1
+    assert "a step moves the momenta (their norm grew by 1)" in capsys.readouterr().err
+
+
+def test_every_size_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[object]] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        seen.append([size for one in inputs if isinstance(one, torch.Tensor) for size in one.shape])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=record))
+    work = matrix_arms.compiled(torch.nn.Linear(3, 2))
+    for batch in (4, 8, 16):
+        work(torch.ones(batch, 3))
+    assert [max(sizes, key=str) if not all(type(size) is int for size in sizes) else 0 for sizes in seen] == [0] * 3
+
+
 def test_a_lost_mask_ends_the_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +153,23 @@ def test_a_cell_that_does_not_fit_is_named(
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not measured, ")]
     assert told == ["not measured, cpu has too little memory: cifar/resnet20, 32 px, batch 2, bfloat16, NHWC, eager"]
     assert "NCHW, eager" in (tmp_path / "matrix.csv").read_text(encoding="utf-8")
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = matrix.compare
+
+    def compare(report: Report, cell: matrix.Cell, steps: int, rounds: int) -> float:
+        if not cell.setting.channels_last:
+            assert "NHWC, eager" in (tmp_path / "matrix.csv").read_text(encoding="utf-8")
+            raise RuntimeError("no such kernel\nand a trace")
+        return whole(report, cell, steps, rounds)
+
+    monkeypatch.setattr(matrix, "compare", compare)
+    assert matrix.main([*SMALL, "--out", str(tmp_path)]) == 1
+    label = "cifar/resnet20, 32 px, batch 2, bfloat16, NCHW, eager"
+    assert capsys.readouterr().err == f"failed, {label}: RuntimeError: no such kernel\n"
 
 
 def test_graphs_need_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,7 @@ class Misread(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(2)  # with some weights the one unit of `a` that is kept is dead on all images of the proof
         self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
         self.fc = nn.Linear(4, 3)
 
