@@ -130,3 +130,22 @@ def test_who_takes_a_level_over_clears_up(tmp_path: Path) -> None:
     assert names(tmp_path) == ["lock.1.json"]
     Lock(tmp_path, "").tidy()
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "wording", ["I/O error: No space left on device (os error 28)", "IoError(Os { code: 28, kind: X })"]
+)
+def test_a_full_disk_is_told_whatever_safetensors_calls_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wording: str
+) -> None:
+    def save_file(*_: object) -> None:
+        raise files.SafetensorError(f"Error while serializing: {wording}")
+
+    monkeypatch.setattr(files, "save_file", save_file)
+    with pytest.raises(UserError, match=r"w\.safetensors: cannot be written \(No space left on device\); free some"):
+        files.save_weights(tmp_path / "w.safetensors", {"a": torch.ones(3)})
+    monkeypatch.setattr(
+        files, "save_file", lambda *_: (_ for _ in ()).throw(files.SafetensorError("a header too large"))
+    )
+    with pytest.raises(files.SafetensorError, match="a header too large"):
+        files.save_weights(tmp_path / "w.safetensors", {"a": torch.ones(3)})
