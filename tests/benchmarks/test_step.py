@@ -51,7 +51,21 @@ def another_rate(setting: Setting, kind: str) -> Arm:
     return HOOKS(setting, kind, 0.05)
 
 
-@pytest.mark.parametrize(("spoilt", "words"), [(let_go, "are 0.0"), (another_rate, "trajectory")])
+def not_a_number(setting: Setting, kind: str) -> Arm:
+    arm = HOOKS(setting, kind)
+    step_of = arm.update
+
+    def update() -> None:
+        step_of()
+        arm.model.fc.bias.data[0] = float("nan")
+
+    arm.update = update
+    return arm
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"), [(let_go, "are 0.0"), (another_rate, "trajectory"), (not_a_number, "apart by inf")]
+)
 def test_a_gate_that_fails_ends_the_measurement(tmp_path: Path, capsys, spoilt, words: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         check(Report("step", out=tmp_path), SETTING, "SGD", spoilt, "spoilt")
